@@ -1,0 +1,119 @@
+"""The `fast` recipe: closed forms only, minutes on a CPU.
+
+For each block, and in it for each input that linear layers share, in running order:
+
+1. second moments of that input under the float model and under students that read each depth of at most 4 bits, the layers
+   before it already quantised;
+2. ranges chosen for all depths at once (`clip`), then codes by coordinate descent on the output error (`compensate`);
+3. a router by regression on the measured gain of each slice.
+
+Choice: the target of a depth is half way (`DRIFT`) between the outputs of the float model and what the float weights make of
+the drifted inputs. The whole way repairs more at 2 bits, where drift is largest, but all depths share one code, so the
+repair is paid for at 8 bits; no way at all leaves a third of the 2-bit perplexity on the table (`docs/results/fast.md`).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mobiquant import blocks, clip, compensate, slices as s
+from mobiquant.calibrate import routers
+from mobiquant.calibrate.streams import FLOAT, Reading, Stage, Streams, fixed
+from mobiquant.config import Calibration, Format
+from mobiquant.linear import MobiLinear
+
+DRIFT = 0.5
+# added to the diagonal of H, relative to its mean: keeps few tokens from inventing correlations
+DAMPING = 0.01
+STUDENT_BITS = 4
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a recipe reports of one shared input: names in the block, weights behind its router, scores of sample tokens."""
+
+    names: tuple[str, ...]
+    size: int
+    scores: Float[Tensor, "T R"]
+
+
+def readings(form: Format) -> list[Reading]:
+    """Streams that the recipe needs: the float model and students of each depth of at most 4 bits."""
+    return [FLOAT, *(fixed(d + 1) for d, width in enumerate(form.widths) if width <= STUDENT_BITS)]
+
+
+def quantize_block(
+    stage: Stage, streams: Streams, groups: list[list[str]], form: Format, settings: Calibration
+) -> list[Fitted]:
+    """Replace the named layers of the student by quantised ones with routers."""
+    fitted: list[Fitted] = []
+    for names in groups:
+        own, mixed, sample = streams.moments(stage, names[0])
+        weights = [blocks.weight_of(stage.teacher.get_submodule(name)) for name in names]
+        grid, code = solve(torch.cat(weights), own, mixed, form, settings)
+        layers = install(stage, names, grid, code, form)
+        weight, reads = torch.cat(weights), grid.read(code)
+        if form.routers == "per-input":
+            fitted.append(_route(names, layers[:1], sample, weight, reads, form))
+            continue
+        start = 0
+        for name, layer in zip(names, layers, strict=True):
+            rows = slice(start, start + layer.out_features)
+            fitted.append(_route([name], [layer], sample, weight[rows], reads[:, rows], form))
+            start = rows.stop
+    return fitted
+
+
+@torch.no_grad()
+def solve(
+    weight: Float[Tensor, "N K"],
+    own: dict[Reading, Tensor],
+    mixed: dict[Reading, Tensor],
+    form: Format,
+    settings: Calibration,
+) -> tuple[compensate.Grid, Tensor]:
+    """Grid and codes of one weight matrix from the second moments of its inputs."""
+    lam = settings.depth_weights or ()
+    unit = own[FLOAT].diagonal().mean().clamp_min(1e-30)
+    hessians, crosses = [], []
+    for depth in range(1, len(form.slices) + 1):
+        reading = next((r for r in own if r == fixed(depth)), FLOAT)
+        h = own[reading] / unit
+        target = h if reading is FLOAT else DRIFT * mixed[reading] / unit + (1 - DRIFT) * h
+        ridge = torch.eye(h.shape[0], device=h.device) * (DAMPING * h.diagonal().mean())
+        hessians.append(h + ridge)
+        crosses.append(weight @ (target + ridge))
+    scale, zero = clip.search(weight, hessians[-1].diagonal(), form.slices, form.group_size, lam)
+    grid = compensate.Grid(scale, zero, form.slices, form.group_size)
+    problem = compensate.Problem(torch.stack(hessians), torch.stack(crosses), lam)
+    code = s.encode(weight, scale, zero, form.slices, form.group_size)
+    return grid, compensate.descend(code, grid, problem, settings.sweeps)
+
+
+def install(stage: Stage, names: list[str], grid: compensate.Grid, code: Tensor, form: Format) -> list[MobiLinear]:
+    """Put quantised layers in the place of the student's; rows of `code` are those of the layers one after another."""
+    layers: list[MobiLinear] = []
+    start = 0
+    for name in names:
+        old = stage.student.get_submodule(name)
+        rows = slice(start, start + blocks.weight_of(old).shape[0])
+        bias = getattr(old, "bias", None)
+        owns = not layers or form.routers == "per-linear"
+        layer = MobiLinear(code.shape[1], rows.stop - start, form, owns, None if bias is None else bias.dtype).to(stage.device)
+        layer.set_weight(code[rows], grid.scale[rows], grid.zero[rows], bias)
+        layer.attach(stage.precision, layer if owns else layers[0])
+        blocks.replace(stage.student, name, layer)
+        layers.append(layer)
+        start = rows.stop
+    return layers
+
+
+def _route(
+    names: list[str], owner: list[MobiLinear], sample: Tensor, weight: Tensor, reads: Tensor, form: Format
+) -> Fitted:
+    fitted = routers.fit(sample, routers.targets(sample, weight, reads, form.slices), form)
+    owner[0].set_router(fitted)
+    with torch.no_grad():
+        return Fitted(tuple(names), weight.numel(), routers.router.scores(sample, fitted).cpu())

@@ -1,0 +1,94 @@
+"""Routers by regression: the score of a slice is the logarithm of the output error that reading it would take away.
+
+For a token x and the layers that read it, `gain_e = |x D_e^T|^2 - |x D_(e+1)^T|^2` with `D_e = read(q, e) - W`; the target is
+`log(gain_e / bits of the slice)`, relative to the mean output energy of the layers, so that scores of all layers lie on one
+scale and one threshold serves the whole model.
+
+How: gains are quadratic forms of x, so the hidden layer starts with pairs of directions `+v, -v` in which the gains vary most,
+the output layer is solved in closed form, and a few full-batch steps of Adam polish both. No gate can collapse: nothing is
+trained through a threshold.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import mse_loss, silu
+
+from mobiquant import router
+from mobiquant.config import Format
+
+STEPS, LEARNING_RATE, RIDGE = 40, 2e-2, 1e-2
+
+
+@torch.no_grad()
+def targets(
+    x: Float[Tensor, "T K"], weight: Float[Tensor, "N K"], reads: Float[Tensor, "E N K"], slices: tuple[int, ...]
+) -> Float[Tensor, "T R"]:
+    """Log gain for each bit of every residual slice and token, falling along the slices."""
+    error = torch.stack([((x @ (read - weight).T) ** 2).sum(1) for read in reads], 1)  # [T, E]
+    widths = torch.tensor(slices[1:], device=x.device)
+    gain = (error[:, :-1] - error[:, 1:]) / widths
+    energy = ((x @ weight.T) ** 2).sum(1).mean() + 1e-30
+    gain = gain / energy
+    floor = gain.mean(0).clamp_min(1e-12) * 1e-3
+    return gain.maximum(floor).log().cummin(1).values
+
+
+def fit(x: Float[Tensor, "T K"], target: Float[Tensor, "T R"], form: Format) -> router.Router:
+    """Router whose scores lie nearest to the targets in the mean square; deterministic."""
+    hidden = form.router_hidden
+    f, log_rms = router.features(x)
+    with torch.no_grad():
+        weight = _directions(f, target, hidden)
+        spread = (f @ weight.T).std(0).clamp_min(1e-6)
+        params = [weight * (2.0 / spread)[:, None], torch.zeros(hidden, device=x.device), torch.zeros(hidden, device=x.device)]
+        # free outputs whose ordered scores are the targets
+        steps = (target[:, :-1] - target[:, 1:]).clamp_min(1e-2)
+        wanted = torch.cat([target[:, :1], steps + torch.log(-torch.expm1(-steps))], 1)
+        out, out_bias = _ridge(silu(_hidden(f, log_rms, *params)), wanted)
+    everything = [p.detach().clone().requires_grad_() for p in (*params, out, out_bias)]
+    with torch.enable_grad():
+        optimizer = torch.optim.Adam(everything, LEARNING_RATE)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+        for _ in range(STEPS):
+            weight, rms, bias, out, out_bias = everything
+            score = router.order(silu(_hidden(f, log_rms, weight, rms, bias)) @ out.T + out_bias)
+            loss = mse_loss(score, target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return router.store(*[p.detach() for p in everything])
+
+
+def _hidden(f: Tensor, log_rms: Tensor, weight: Tensor, rms: Tensor, bias: Tensor) -> Tensor:
+    return f @ weight.T + log_rms * rms + bias
+
+
+def _directions(f: Float[Tensor, "T K"], target: Float[Tensor, "T R"], hidden: int) -> Float[Tensor, "h K"]:
+    """Pairs `+v, -v` of directions in which the second moment of tokens with a high target differs from that of the rest."""
+    centred = target.mean(1) - target.mean()
+    moment = f.T @ (f * (centred / centred.std().clamp_min(1e-6))[:, None]) / f.shape[0]
+    scale = f.square().mean(0).sqrt().clamp_min(1e-4)
+    values, vectors = torch.linalg.eigh(moment / (scale[:, None] * scale))
+    best = values.abs().argsort(descending=True)[: -(-hidden // 2)]
+    direction = (vectors[:, best] / scale[:, None]).T
+    return torch.cat([direction, -direction])[:hidden]
+
+
+def _ridge(z: Float[Tensor, "T h"], wanted: Float[Tensor, "T R"]) -> tuple[Tensor, Tensor]:
+    """Output layer [R, h] and bias [R] of least squares."""
+    mean_z, mean_w = z.mean(0), wanted.mean(0)
+    z, wanted = z - mean_z, wanted - mean_w
+    gram = z.T @ z
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean() + 1e-12)
+    out = torch.linalg.solve(gram, z.T @ wanted).T
+    return out, mean_w - out @ mean_z
+
+
+def explained(x: Float[Tensor, "T K"], target: Float[Tensor, "T R"], fitted: router.Router) -> float:
+    """Share of the variance of the first target over tokens that the scores explain."""
+    score = router.scores(x, fitted)
+    return 1 - float((score - target)[:, 0].square().mean() / target[:, 0].var().clamp_min(1e-12))
+
+

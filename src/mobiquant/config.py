@@ -1,0 +1,149 @@
+"""Settings as frozen dataclasses, their checks, and the one exception for bad input.
+
+`Format` says how weights are stored, `Calibration` what a recipe may spend. Both travel as plain JSON in `config.json`.
+"""
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal
+
+from mobiquant import slices as s
+
+QUANT_METHOD = "mobiquant"
+FORMAT_VERSION = 1
+RECIPES = ("fast", "paper")
+
+
+class InputError(ValueError):
+    """Bad input, told in one sentence that names what is wrong and the way out; the command line exits with 2."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the weights of a checkpoint are stored. Raises InputError on settings that cannot be.
+
+    `router_outputs` is the number of scores that stored routers give; more than `len(slices) - 1` only where a checkpoint
+    was loaded without its last slices.
+    """
+
+    slices: tuple[int, ...] = (2, 1, 1, 2, 2)
+    group_size: int = 128
+    routers: Literal["per-input", "per-linear"] = "per-input"
+    router_hidden: int = 16
+    router_outputs: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "slices", tuple(int(width) for width in self.slices))
+        try:
+            s.check_slices(self.slices)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        if self.group_size < 8 or self.group_size % 8:
+            raise InputError(f"a group size of {self.group_size} is not usable: give a positive multiple of 8, such as 64 or 128")
+        if self.routers not in ("per-input", "per-linear"):
+            raise InputError(f"routers '{self.routers}' are unknown: choose per-input or per-linear")
+        if self.router_hidden < 1:
+            raise InputError(f"a router width of {self.router_hidden} is not usable: give 1 or more hidden units")
+        if self.router_outputs is None:
+            object.__setattr__(self, "router_outputs", len(self.slices) - 1)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Bits read at each depth, ascending."""
+        return s.bounds(self.slices)
+
+    def check_bits(self, bits: float) -> None:
+        """Raise InputError unless `bits` is a number within the range of the slices."""
+        low, high = self.widths[0], self.widths[-1]
+        if not isinstance(bits, int | float) or not low <= bits <= high:
+            raise InputError(f"{bits} bits cannot be read: this model reads from {low} to {high} bits")
+
+    def depth(self, bits: float) -> int:
+        """Slices that make up exactly `bits`; raises InputError where no prefix has that width."""
+        self.check_bits(bits)
+        try:
+            return s.depth_for(self.slices, bits)
+        except ValueError as error:
+            raise InputError(f"{error}; leave out the fixed mode to read {bits:g} bits on average") from None
+
+    def truncated(self, max_bits: float) -> "Format":
+        """The format of a load that keeps only the slices of the first `max_bits` bits."""
+        kept = [width for width in self.widths if width <= max_bits]
+        if len(kept) < 2:
+            raise InputError(f"max_bits={max_bits:g} keeps fewer than two slices: give {self.widths[1]} or more")
+        return replace(self, slices=self.slices[: len(kept)])
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a recipe calibrates with. `samples` and `sequence_length` of None mean the default of the recipe.
+
+    `depth_weights` are the `lam_e` of the depths; None takes `default_depth_weights`.
+    """
+
+    recipe: str = "fast"
+    text: str = "builtin"
+    samples: int | None = None
+    sequence_length: int | None = None
+    seed: int = 0
+    batch: int = 8
+    depth_weights: tuple[float, ...] | None = None
+    sweeps: int = 1
+    epochs: int = 20
+    learning_rate: float = 5e-3
+    target_bits: float = 3.0
+
+    def __post_init__(self) -> None:
+        if self.recipe not in RECIPES:
+            raise InputError(f"recipe '{self.recipe}' is unknown: choose {' or '.join(RECIPES)}")
+        defaults = {"fast": (32, 512), "paper": (128, 2048)}[self.recipe]
+        for name, value in zip(("samples", "sequence_length"), defaults, strict=True):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        for name, least in (("samples", 1), ("sequence_length", 8), ("batch", 1), ("sweeps", 0), ("epochs", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name.replace('_', ' ')} of {getattr(self, name)} is not usable: give {least} or more")
+
+
+def default_depth_weights(slices: tuple[int, ...]) -> tuple[float, ...]:
+    """Weights `lam_e` of the depths in every sum over depths: doubled with each bit up to 4 bits, constant beyond."""
+    return tuple(float(2 ** (min(max(width, 2), 4) - 2)) for width in s.bounds(slices))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything but tensors: the `quantization_config` of a `config.json`.
+
+    `inputs` lists the quantised linears, those that read the same input together, the owner of a shared router first.
+    `thresholds` is the table of `budget.py`; `skipped` maps layers left as they were to the reason.
+    """
+
+    format: Format
+    inputs: tuple[tuple[str, ...], ...]
+    thresholds: tuple[dict[str, Any], ...] = ()
+    skipped: dict[str, str] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON, `quant_method` and `format_version` first."""
+        head = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
+        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "format"}
+        return {**head, **asdict(self.format), **rest, "inputs": [list(names) for names in self.inputs]}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Checkpoint":
+        """Read back `to_dict`; raises InputError on another method, a newer version or missing entries."""
+        if values.get("quant_method") != QUANT_METHOD:
+            raise InputError(f"the checkpoint is quantised with '{values.get('quant_method')}', not with {QUANT_METHOD}")
+        version = values.get("format_version")
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise InputError(
+                f"the checkpoint has format version {version} and this mobiquant reads up to {FORMAT_VERSION}: upgrade mobiquant"
+            )
+        try:
+            form = Format(**{f.name: values[f.name] for f in fields(Format)})
+            rest = {f.name: values[f.name] for f in fields(cls) if f.name not in ("format", "inputs", "thresholds")}
+            inputs = tuple(tuple(names) for names in values["inputs"])
+            return cls(form, inputs, tuple(values["thresholds"]), **rest)
+        except (KeyError, TypeError) as error:
+            raise InputError(f"the quantization_config of the checkpoint is damaged ({error}): quantise the model again") from None

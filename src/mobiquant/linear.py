@@ -1,0 +1,181 @@
+"""The quantised linear layer: holds planes, scales and perhaps a router, and reads at the precision it is told.
+
+What: `MobiLinear` replaces `nn.Linear` (or GPT-2's `Conv1D`). Its buffers are exactly the stored tensors. Layers that read
+the same input share the router of their owner; a layer computes the depth of its tokens itself, so that nothing is passed
+between layers and any order of calls is right.
+
+`Precision` is one object for a whole model: a threshold and a depth cap as device tensors, changed in place, and counters
+of the bits read. A change needs no recompilation, repacking or reloading.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mobiquant import matmul, pack, router
+from mobiquant import slices as s
+from mobiquant.config import Format
+
+ROUTER_PREFIX = "router_"
+
+
+class Precision:
+    """Threshold `tau` (fp32) and depth `cap` (int64): one entry for all tokens, or one for each sequence of a batch.
+
+    Counters hold, for each depth, how many weights were read at it: tokens times layer size.
+    """
+
+    def __init__(self, widths: tuple[int, ...]):
+        self.widths = widths
+        self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._read: dict[torch.device, Tensor] = {}
+        self._read_fixed = [0.0] * len(widths)
+        self.set([float("-inf")], [len(widths)])
+
+    def set(self, tau: Sequence[float], cap: Sequence[int]) -> None:
+        """Change thresholds and caps, in place on every device already in use where their number stays the same."""
+        self._tau, self._cap = torch.tensor(tau, dtype=torch.float32), torch.tensor(cap, dtype=torch.int64)
+        # known on the host: whether routers have work, and the depth where every token reads the same
+        self.routed = any(t != float("-inf") for t in tau)
+        self.fixed = None if self.routed or len(set(cap)) > 1 else int(cap[0])
+        for device, (old_tau, old_cap) in list(self._copies.items()):
+            if old_tau.shape == self._tau.shape:
+                old_tau.copy_(self._tau)
+                old_cap.copy_(self._cap)
+            else:
+                del self._copies[device]
+
+    def get(self) -> tuple[list[float], list[int]]:
+        """Thresholds and caps as plain numbers, for `set`."""
+        return self._tau.tolist(), self._cap.tolist()
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Thresholds and caps on a device; the same tensors at every call while their number stays the same."""
+        if device not in self._copies:
+            self._copies[device] = self._tau.to(device, copy=True), self._cap.to(device, copy=True)
+        return self._copies[device]
+
+    def record(self, depth: Int[Tensor, " T"] | int, tokens: int, size: int) -> None:
+        """Count what `tokens` tokens read in a layer of `size` weights; no host synchronisation."""
+        if isinstance(depth, int):
+            self._read_fixed[depth - 1] += tokens * size
+            return
+        if depth.device not in self._read:
+            self._read[depth.device] = torch.zeros(len(self.widths), dtype=torch.float64, device=depth.device)
+        every = torch.arange(1, len(self.widths) + 1, device=depth.device)
+        self._read[depth.device] += (depth[:, None] == every).sum(0) * float(size)
+
+    def depth_shares(self, reset: bool = False) -> list[float]:
+        """Share of weights read at each depth since the last reset; all zero before any token."""
+        counts = [fixed + sum(c[d].item() for c in self._read.values()) for d, fixed in enumerate(self._read_fixed)]
+        if reset:
+            self._read.clear()
+            self._read_fixed = [0.0] * len(self.widths)
+        total = sum(counts) or 1.0
+        return [count / total for count in counts]
+
+
+class MobiLinear(nn.Module):
+    """Linear layer of slice planes; `forward` maps [..., K] to [..., N] in the dtype of its input.
+
+    Buffers: `planes_e` uint8 [b_e, N, ceil(K / 8)], `scale` fp16 [N, G], `zero` uint8 [N, G], `bias` [N] or None, and
+    `router_*` where the layer owns a router (`router.shapes`).
+    """
+
+    def __init__(self, columns: int, rows: int, form: Format, owns_router: bool, bias: torch.dtype | None = None):
+        super().__init__()
+        self.in_features, self.out_features, self.format = columns, rows, form
+        count = s.groups(columns, form.group_size)
+        for e, width in enumerate(form.slices):
+            self.register_buffer(f"planes_{e}", torch.zeros(pack.plane_shape(rows, columns, width), dtype=torch.uint8))
+        self.register_buffer("scale", torch.zeros(rows, count, dtype=torch.float16))
+        self.register_buffer("zero", torch.zeros(rows, count, dtype=torch.uint8))
+        self.register_buffer("bias", None if bias is None else torch.zeros(rows, dtype=bias))
+        self.router_names: tuple[str, ...] = ()
+        if owns_router:
+            entries = router.shapes(columns, form.router_hidden, form.router_outputs or 0)
+            for name, (shape, dtype) in entries.items():
+                self.register_buffer(ROUTER_PREFIX + name, torch.zeros(shape, dtype=dtype))
+            self.router_names = tuple(entries)
+        self.precision = Precision(form.widths)
+        # a tuple hides the owner from torch, or its tensors would be listed twice
+        self._owner: tuple[MobiLinear, ...] = ()
+
+    def attach(self, precision: Precision, owner: "MobiLinear") -> None:
+        """Join a model: its precision, and the layer whose router decides for this one (itself, maybe)."""
+        self.precision = precision
+        self._owner = () if owner is self else (owner,)
+
+    @property
+    def owner(self) -> "MobiLinear":
+        """The layer that holds the router of this one."""
+        return self._owner[0] if self._owner else self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MobiLinear":
+        # a cast of the model (.half(), .to(bfloat16)) moves these buffers but must not round scales and routers
+        stored = {name: b for name, b in self._buffers.items() if b is not None and name != "bias"}
+        super()._apply(fn, recurse)
+        for name, before in stored.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+    def packed(self) -> matmul.Packed:
+        """The stored weight, for `matmul`."""
+        planes = [getattr(self, f"planes_{e}") for e in range(len(self.format.slices))]
+        return matmul.Packed(planes, self.scale, self.zero, self.format.slices, self.format.group_size, self.in_features)
+
+    def get_router(self) -> router.Router:
+        """The router of this layer's owner, its outputs cut to the slices that are loaded."""
+        owner = self.owner
+        parts = {name: getattr(owner, ROUTER_PREFIX + name) for name in owner.router_names}
+        kept = len(self.format.slices) - 1
+        parts["out"], parts["out_bias"] = parts["out"][:kept], parts["out_bias"][:kept]
+        return router.Router(**parts)
+
+    def set_router(self, trained: router.Router) -> None:
+        """Store a router in a layer that owns one."""
+        for name in self.router_names:
+            getattr(self, ROUTER_PREFIX + name).copy_(getattr(trained, name))
+
+    def set_weight(self, code: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None) -> None:
+        """Store master codes uint8 [N, K], scales fp16 [N, G], zero points uint8 [N, G] and a bias [N]."""
+        for e, plane in enumerate(pack.pack(code, self.format.slices)):
+            getattr(self, f"planes_{e}").copy_(plane)
+        self.scale.copy_(scale)
+        self.zero.copy_(zero)
+        if bias is not None:
+            self.bias.copy_(bias)
+
+    def depths(self, x: Float[Tensor, "T K"], rows: int) -> Int[Tensor, " T"] | int:
+        """Depth of each token of a batch of `rows` sequences, or one number where all read the same."""
+        precision = self.precision
+        if precision.fixed is not None:
+            return precision.fixed
+        tau, cap = precision.on(x.device)
+        if tau.numel() > 1:
+            if tau.numel() != rows:
+                raise ValueError(f"precision is set for {tau.numel()} sequences and the batch has {rows}")
+            repeat = x.shape[0] // rows
+            tau, cap = tau.repeat_interleave(repeat), cap.repeat_interleave(repeat)
+        if not precision.routed:
+            return cap
+        return router.depths(router.scores(x, self.get_router()), tau, cap)
+
+    def forward(self, x: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch N"]:
+        flat = x.reshape(-1, self.in_features)  # [..., K] -> [T, K]
+        depth = self.depths(flat, x.shape[0] if x.dim() > 2 else 1)
+        self.precision.record(depth, flat.shape[0], self.in_features * self.out_features)
+        y = matmul.matmul(flat, self.packed(), depth)
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"slices={self.format.slices}, group_size={self.format.group_size}"
+        )

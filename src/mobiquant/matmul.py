@@ -1,0 +1,62 @@
+"""The mixed-depth product: every token reads as many slices of the weight as its depth says.
+
+What: `y_t = x_t read(q, depth_t)^T + bias`. `reference` is the definition in fp32, unpacked and summed plainly; every faster
+path is tested only against it. `matmul` is what layers call; it picks a backend.
+
+How the torch path works: tokens are gathered by depth, the weight is read once for each depth that occurs, and each group
+of tokens is a dense product in the dtype of the activations. Only the planes that the deepest token of the call needs are
+unpacked; shallower depths are shifts of the same codes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float16, Int, UInt8
+from torch import Tensor
+
+from mobiquant import pack
+from mobiquant import slices as s
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One stored weight matrix [N, K]: slice planes with scales and zero points [N, G]."""
+
+    planes: Sequence[UInt8[Tensor, "b N K8"]]
+    scale: Float16[Tensor, "N G"]
+    zero: UInt8[Tensor, "N G"]
+    slices: tuple[int, ...]
+    group_size: int
+    columns: int
+
+    def read(self, depth: int) -> Float[Tensor, "N K"]:
+        """fp32 weights at a depth; touches the planes of that depth only."""
+        code = pack.unpack(self.planes[:depth], self.columns)
+        return s.dequantize(code, self.scale, self.zero, self.slices, self.group_size, depth)
+
+
+def reference(x: Float[Tensor, "T K"], weight: Packed, depth: Int[Tensor, " T"]) -> Float[Tensor, "T N"]:
+    """The product in fp32, every depth computed for every token and one of them kept."""
+    every = torch.stack([x.float() @ weight.read(d).T for d in range(1, len(weight.slices) + 1)])  # [E, T, N]
+    return every[depth.long() - 1, torch.arange(x.shape[0], device=x.device)]
+
+
+def matmul(x: Float[Tensor, "T K"], weight: Packed, depth: Int[Tensor, " T"] | int) -> Float[Tensor, "T N"]:
+    """The product in the dtype of `x`; `depth` is one for all tokens or one for each."""
+    if isinstance(depth, int):
+        return x @ weight.read(depth).to(x.dtype).T
+    present = torch.unique(depth).tolist()
+    if len(present) == 1:
+        return x @ weight.read(present[0]).to(x.dtype).T
+    y = x.new_empty(x.shape[0], weight.scale.shape[0])
+    if not present:
+        return y
+    deepest = present[-1]
+    code = pack.unpack(weight.planes[:deepest], weight.columns)
+    kept = weight.slices[:deepest]
+    for d in present:
+        w = s.read(code, weight.scale, weight.zero, kept, weight.group_size, d).to(x.dtype)
+        tokens = (depth == d).nonzero()[:, 0]
+        y[tokens] = x[tokens] @ w.T
+    return y
