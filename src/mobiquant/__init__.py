@@ -38,7 +38,7 @@ _HOMES = {
     "quantize": "calibrate",
 }
 
-_register.when_imported("transformers.quantizers.auto", "mobiquant.integration")
+_register.when_imported("transformers.modeling_utils", "mobiquant.quantizer")
 
 
 def __getattr__(name: str) -> Any:

@@ -105,8 +105,8 @@ class Calibration:
 
 
 def default_depth_weights(slices: tuple[int, ...]) -> tuple[float, ...]:
-    """Weights `lam_e` of the depths in every sum over depths: doubled with each bit up to 4 bits, constant beyond."""
-    return tuple(float(2 ** (min(max(width, 2), 4) - 2)) for width in s.bounds(slices))
+    """Weights `lam_e` of the depths in every sum over depths: tripled with each bit up to 5 bits, constant beyond."""
+    return tuple(float(3 ** (min(max(width, 2), 5) - 2)) for width in s.bounds(slices))
 
 
 @dataclass(frozen=True)

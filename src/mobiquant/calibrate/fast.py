@@ -13,12 +13,14 @@ repair is paid for at 8 bits; no way at all leaves a third of the 2-bit perplexi
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mobiquant import blocks, clip, compensate, slices as s
+from mobiquant import blocks, clip, compensate, router
+from mobiquant import slices as s
 from mobiquant.calibrate import routers
 from mobiquant.calibrate.streams import FLOAT, Reading, Stage, Streams, fixed
 from mobiquant.config import Calibration, Format
@@ -32,11 +34,15 @@ STUDENT_BITS = 4
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a recipe reports of one shared input: names in the block, weights behind its router, scores of sample tokens."""
+    """What a recipe reports of one router: layers it serves, their weights, scores of sample tokens.
+
+    `explains` is the share of the variance of the first slice's gain over tokens that the scores explain.
+    """
 
     names: tuple[str, ...]
     size: int
     scores: Float[Tensor, "T R"]
+    explains: float = float("nan")
 
 
 def readings(form: Format) -> list[Reading]:
@@ -46,8 +52,8 @@ def readings(form: Format) -> list[Reading]:
 
 def quantize_block(
     stage: Stage, streams: Streams, groups: list[list[str]], form: Format, settings: Calibration
-) -> list[Fitted]:
-    """Replace the named layers of the student by quantised ones with routers."""
+) -> tuple[list[Fitted], list[dict[str, Any]]]:
+    """Replace the named layers of the student by quantised ones with routers; the log says how well routers fit."""
     fitted: list[Fitted] = []
     for names in groups:
         own, mixed, sample = streams.moments(stage, names[0])
@@ -63,7 +69,8 @@ def quantize_block(
             rows = slice(start, start + layer.out_features)
             fitted.append(_route([name], [layer], sample, weight[rows], reads[:, rows], form))
             start = rows.stop
-    return fitted
+    log = [{"input": one.names[0], "router_explains": round(one.explains, 4)} for one in fitted]
+    return fitted, log
 
 
 @torch.no_grad()
@@ -113,7 +120,9 @@ def install(stage: Stage, names: list[str], grid: compensate.Grid, code: Tensor,
 def _route(
     names: list[str], owner: list[MobiLinear], sample: Tensor, weight: Tensor, reads: Tensor, form: Format
 ) -> Fitted:
-    fitted = routers.fit(sample, routers.targets(sample, weight, reads, form.slices), form)
+    target = routers.targets(sample, weight, reads, form.slices)
+    fitted = routers.fit(sample, target, form)
     owner[0].set_router(fitted)
     with torch.no_grad():
-        return Fitted(tuple(names), weight.numel(), routers.router.scores(sample, fitted).cpu())
+        scores = router.scores(sample, fitted)
+        return Fitted(tuple(names), weight.numel(), scores.cpu(), routers.explained(scores, target))

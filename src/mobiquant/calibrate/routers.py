@@ -86,9 +86,6 @@ def _ridge(z: Float[Tensor, "T h"], wanted: Float[Tensor, "T R"]) -> tuple[Tenso
     return out, mean_w - out @ mean_z
 
 
-def explained(x: Float[Tensor, "T K"], target: Float[Tensor, "T R"], fitted: router.Router) -> float:
+def explained(score: Float[Tensor, "T R"], target: Float[Tensor, "T R"]) -> float:
     """Share of the variance of the first target over tokens that the scores explain."""
-    score = router.scores(x, fitted)
     return 1 - float((score - target)[:, 0].square().mean() / target[:, 0].var().clamp_min(1e-12))
-
-

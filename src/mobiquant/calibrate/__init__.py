@@ -1,0 +1,157 @@
+"""From a float model to a quantised one: the block loop that both recipes share, and `quantize`, the public call."""
+
+import platform
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mobiquant import blocks, data, integration, quantizer
+from mobiquant.calibrate import fast, paper
+from mobiquant.calibrate.fast import Fitted
+from mobiquant.calibrate.streams import Stage, Streams
+from mobiquant.calibrate.thresholds import Measured
+from mobiquant.config import Calibration, Checkpoint, Format, InputError, default_depth_weights
+from mobiquant.linear import Precision
+
+Report = Callable[[str, int, int], None]
+
+
+def quantize(
+    model: str | Path | PreTrainedModel,
+    *,
+    calibration: str = "builtin",
+    recipe: str = "fast",
+    tokenizer: Any = None,
+    format: Format | None = None,
+    device: str | torch.device = "auto",
+    progress: Report | None = None,
+    **settings: Any,
+) -> PreTrainedModel:
+    """Quantise a causal language model into one that runs at every precision.
+
+    `model` is a hub id, a folder, a `.gguf` file, `smollm2-135m`, or a loaded model (changed in place; then give its
+    `tokenizer`). `calibration` names a text (`data.py`), `format` how weights are stored, `settings` are the fields of
+    `config.Calibration` such as `samples`, `sequence_length` and `seed`. Returns the model on the CPU at full precision; its
+    `save_pretrained` writes the checkpoint. Raises InputError on bad input.
+    """
+    chosen = Calibration(recipe=recipe, text=calibration, **settings)
+    form = format or Format()
+    text = data.load_text(calibration, "calibrate")
+    if isinstance(model, PreTrainedModel):
+        if tokenizer is None:
+            raise InputError("a loaded model needs its tokenizer to read calibration text: give tokenizer=")
+        loaded = model
+    else:
+        loaded, tokenizer = integration.load_float(model), tokenizer or integration.load_tokenizer(model)
+    every = data.windows(text, tokenizer, chosen.sequence_length or 0, calibration)
+    tokens = data.sample(every, chosen.samples or 0, chosen.seed)
+    stored, log = run(loaded, tokens, form, chosen, pick_device(device), progress or (lambda *_: None))
+    quantizer.make_quantized(loaded, stored, tokenizer, log)
+    return loaded
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """The device of that name; `auto` is CUDA where there is one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    # torch raises RuntimeError, AssertionError or NotImplementedError, by device
+    except Exception:
+        raise InputError(f"device '{device}' is not available here: choose cpu, or auto for the best there is") from None
+
+
+def run(
+    model: PreTrainedModel,
+    tokens: Int[Tensor, "S L"],
+    form: Format,
+    settings: Calibration,
+    device: torch.device,
+    progress: Report,
+) -> tuple[Checkpoint, list[dict[str, Any]]]:
+    """Replace the linear layers in the blocks of `model`; returns what to store and the training log of the recipe."""
+    if settings.depth_weights is None:
+        settings = replace(settings, depth_weights=default_depth_weights(form.slices))
+    recipe = {"fast": fast, "paper": paper}[settings.recipe]
+    torch.manual_seed(settings.seed)
+    model.eval()
+    root, stack = blocks.find_blocks(model)
+    count = len(stack)
+    progress("reading the model", 0, count)
+    hidden, calls = blocks.capture(model, tokens, device, settings.batch)
+    streams = Streams(hidden, recipe.readings(form), settings.batch)
+    precision, inputs, fitted, skipped = Precision(form.widths), [], [], left_out(model, root)
+    log: list[dict[str, Any]] = []
+    for index, block in enumerate(stack):
+        stage = Stage(block, index, calls, precision, device)
+        one = hidden[:1]
+        groups = blocks.shared_inputs(stage.teacher, lambda: stage.calls.run(stage.teacher, index, one.to(device)))
+        unused = set(blocks.linears(stage.teacher)) - {name for names in groups for name in names}
+        skipped.update({f"{root}.{index}.{name}": "not used when the block runs" for name in sorted(unused)})
+        found, entries = recipe.quantize_block(stage, streams, groups, form, settings)
+        fitted += found
+        log += [{"block": index, **entry} for entry in entries]
+        streams.advance(stage)
+        _keep(stage, block)
+        inputs += [tuple(f"{root}.{index}.{name}" for name in names) for names in groups]
+        progress("quantising blocks", index + 1, count)
+    measured = Measured(hidden, form, fitted, settings.batch)
+    for index, block in enumerate(stack):
+        measured.run_block(block, index, calls, device)
+        progress("measuring thresholds", index + 1, count)
+    _wire(stack, precision)
+    stored = Checkpoint(form, tuple(inputs), measured.table(), skipped, provenance(model, tokens, settings), versions())
+    return stored, log
+
+
+def _keep(stage: Stage, block: torch.nn.Module) -> None:
+    """Move the quantised layers of a finished stage into the model, on the host."""
+    for name, layer in stage.mobilinears(stage.student).items():
+        blocks.replace(block, name, layer.cpu())
+
+
+def _wire(stack: torch.nn.ModuleList, precision: Precision) -> None:
+    """Give all quantised layers the one precision of the model, at full depth, with its counters at zero."""
+    precision.set([float("-inf")], [len(precision.widths)])
+    precision.depth_shares(reset=True)
+    for layer in Stage.mobilinears(stack).values():
+        layer.precision = precision
+
+
+def left_out(model: torch.nn.Module, root: str) -> dict[str, str]:
+    """Matrices that are not quantised, with the reason; embeddings are not listed."""
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        inside = name.startswith(root + ".")
+        matrices = [leaf for leaf, p in module.named_parameters(recurse=False) if p.dim() > 1]
+        if not matrices or isinstance(module, torch.nn.Embedding) or (inside and blocks.is_linear(module)):
+            continue
+        found[name] = f"{type(module).__name__} is not a plain linear layer" if inside else "outside the blocks"
+    return found
+
+
+def provenance(model: PreTrainedModel, tokens: Tensor, settings: Calibration) -> dict[str, Any]:
+    """What the checkpoint was made from and how."""
+    kept = {name: value for name, value in vars(settings).items() if name != "batch"}
+    text = settings.text if settings.text in ("builtin", "wikitext2", "c4", "ptb") else Path(settings.text).name
+    digest = f"{zlib.crc32(tokens.contiguous().numpy()):08x}"
+    return {**kept, "text": text, "model": Path(model.name_or_path).name, "tokens": tokens.numel(), "tokens_crc32": digest}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made the checkpoint."""
+    found = {"python": platform.python_version()}
+    for package in ("mobiquant", "torch", "transformers"):
+        try:
+            found[package] = metadata.version(package).split("+")[0]
+        except metadata.PackageNotFoundError:
+            found[package] = "source tree"
+    return found
