@@ -35,6 +35,7 @@ def linears(module: nn.Module) -> dict[str, nn.Module]:
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Name and list of the transformer blocks; raises InputError where there is none."""
+
     def weights(stack: nn.ModuleList) -> int:
         return sum(layer.weight.numel() for layer in linears(stack).values())  # type: ignore[union-attr]
 
@@ -42,7 +43,9 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     sized = [(weights(stack), -len(name), name, stack) for name, stack in stacks]
     size, _, name, stack = max(sized, key=lambda entry: entry[:2], default=(0, 0, "", nn.ModuleList()))
     if not size:
-        raise InputError(f"{type(model).__name__} has no list of blocks with linear layers: only such causal LMs can be quantised")
+        raise InputError(
+            f"{type(model).__name__} has no list of blocks with linear layers: only such causal LMs can be quantised"
+        )
     return name, stack
 
 

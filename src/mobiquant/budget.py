@@ -36,7 +36,7 @@ def average_bits(shares: Sequence[float], widths: tuple[int, ...], cap: int | No
     return sum(share * widths[min(d, cap - 1)] for d, share in enumerate(shares))
 
 
-def _logit(bits: float, low: float, high: float) -> float:
+def _logit(bits: float, low: int, high: int) -> float:
     share = min(max((bits - low) / (high - low), MARGIN), 1 - MARGIN)
     return math.log(share / (1 - share))
 
@@ -62,6 +62,9 @@ def threshold(bits: float, form: Format, thresholds: Sequence[dict[str, Any]]) -
         at = _logit(row[cap - 1], low, high)
         if not points or at > points[-1][0] + 1e-9:
             points.append((at, tau))
+    if len(points) == 1:
+        # routers that cannot tell tokens apart leave one threshold to choose
+        return points[0][1], cap
     target = _logit(bits, low, high)
     i = min(max(sum(at < target for at, _ in points), 1), len(points) - 1)
     (x0, y0), (x1, y1) = points[i - 1], points[i]
@@ -95,7 +98,7 @@ def set_precision(model: nn.Module, bits: float | Sequence[float], *, routed: bo
     Raises InputError outside the range of the checkpoint, or for a fixed width that no prefix has.
     """
     stored = checkpoint_of(model)
-    every = [bits] if isinstance(bits, int | float) else list(bits)
+    every = list(bits) if isinstance(bits, Sequence) else [bits]
     if not every:
         raise InputError("no precision was given: give one number of bits, or one for each sequence of the batch")
     if routed:

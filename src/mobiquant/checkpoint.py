@@ -128,6 +128,7 @@ def write_digests(folder: Path) -> None:
 
 def verify(folder: Path, depth: int) -> None:
     """Check every tensor that a load of `depth` slices reads; raises InputError naming one that is missing or altered."""
+
     def wanted(name: str) -> bool:
         plane = _PLANE.search(name)
         return not plane or int(plane.group(1)) < depth

@@ -3,8 +3,9 @@
 What: for each group, shrink its range [min, max] by the ratio that gives the least weighted error over every depth.
 
 Why all depths: the range of all residual slices is exactly one base cell, so a range tuned for 2 bits alone caps every
-finer depth (4.4 dB lost at 4 bits on Gaussian weights, nothing gained beyond 6). At a ratio of (2^b_1 - 1) / 2^b_1 the cells
-just cover [min, max] and 8 bits are lossless; below it the base gets finer and the tails are clipped.
+finer depth (4.4 dB lost at 4 bits on Gaussian weights, nothing gained beyond 6). Cells reach half a base
+step beyond the end levels, so that for a symmetric group a ratio of (2^b_1 - 1) / 2^b_1 just covers [min, max]; below it the
+base gets finer and the tails are clipped.
 """
 
 import torch
@@ -16,9 +17,7 @@ from mobiquant import slices as s
 RATIOS = (1.0, 0.9, 0.82, 0.75, 0.7, 0.65, 0.6, 0.55)
 
 
-def group_reduce(
-    values: Float[Tensor, "N K"], group_size: int, how: str, fill: float
-) -> Float[Tensor, "N G"]:
+def group_reduce(values: Float[Tensor, "N K"], group_size: int, how: str, fill: float) -> Float[Tensor, "N G"]:
     """Reduce each group with torch's amin, amax or sum; a short last group is filled with `fill`."""
     padding = -values.shape[1] % group_size
     padded = torch.nn.functional.pad(values, (0, padding), value=fill)

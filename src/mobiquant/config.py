@@ -4,6 +4,7 @@
 """
 
 from dataclasses import asdict, dataclass, field, fields, replace
+from numbers import Real
 from typing import Any, Literal
 
 from mobiquant import slices as s
@@ -38,7 +39,9 @@ class Format:
         except ValueError as error:
             raise InputError(str(error)) from None
         if self.group_size < 8 or self.group_size % 8:
-            raise InputError(f"a group size of {self.group_size} is not usable: give a positive multiple of 8, such as 64 or 128")
+            raise InputError(
+                f"a group size of {self.group_size} is not usable: give a positive multiple of 8, such as 64 or 128"
+            )
         if self.routers not in ("per-input", "per-linear"):
             raise InputError(f"routers '{self.routers}' are unknown: choose per-input or per-linear")
         if self.router_hidden < 1:
@@ -54,7 +57,7 @@ class Format:
     def check_bits(self, bits: float) -> None:
         """Raise InputError unless `bits` is a number within the range of the slices."""
         low, high = self.widths[0], self.widths[-1]
-        if not isinstance(bits, int | float) or not low <= bits <= high:
+        if not isinstance(bits, Real) or not low <= bits <= high:
             raise InputError(f"{bits} bits cannot be read: this model reads from {low} to {high} bits")
 
     def depth(self, bits: float) -> int:
@@ -75,9 +78,10 @@ class Format:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a recipe calibrates with. `samples` and `sequence_length` of None mean the default of the recipe.
+    """What a recipe calibrates with; None means a default that `resolved` fills in.
 
-    `depth_weights` are the `lam_e` of the depths; None takes `default_depth_weights`.
+    `depth_weights` are the `lam_e` of the depths. `epochs`, `learning_rate` and `target_bits` matter to the paper recipe,
+    `sweeps` to the fast one.
     """
 
     recipe: str = "fast"
@@ -95,13 +99,20 @@ class Calibration:
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES:
             raise InputError(f"recipe '{self.recipe}' is unknown: choose {' or '.join(RECIPES)}")
-        defaults = {"fast": (32, 512), "paper": (128, 2048)}[self.recipe]
-        for name, value in zip(("samples", "sequence_length"), defaults, strict=True):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
         for name, least in (("samples", 1), ("sequence_length", 8), ("batch", 1), ("sweeps", 0), ("epochs", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name.replace('_', ' ')} of {getattr(self, name)} is not usable: give {least} or more")
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"{name.replace('_', ' ')} of {value} is not usable: give {least} or more")
+
+    def resolved(self, slices: tuple[int, ...], on_cpu: bool) -> "Calibration":
+        """With every default filled in: fewer tokens for the fast recipe on a CPU, where a user waits for them."""
+        samples, length = (128, 2048) if self.recipe == "paper" else (8, 512) if on_cpu else (128, 1024)
+        return replace(
+            self,
+            samples=self.samples or samples,
+            sequence_length=self.sequence_length or length,
+            depth_weights=self.depth_weights or default_depth_weights(slices),
+        )
 
 
 def default_depth_weights(slices: tuple[int, ...]) -> tuple[float, ...]:
@@ -146,4 +157,6 @@ class Checkpoint:
             inputs = tuple(tuple(names) for names in values["inputs"])
             return cls(form, inputs, tuple(values["thresholds"]), **rest)
         except (KeyError, TypeError) as error:
-            raise InputError(f"the quantization_config of the checkpoint is damaged ({error}): quantise the model again") from None
+            raise InputError(
+                f"the quantization_config of the checkpoint is damaged ({error}): quantise the model again"
+            ) from None

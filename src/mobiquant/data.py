@@ -64,7 +64,9 @@ def _from_jsonl(content: str, name: str) -> str:
         try:
             documents.append(str(json.loads(line)["text"]))
         except (json.JSONDecodeError, KeyError, TypeError):
-            raise InputError(f"line {number} of '{name}' is no JSON object with a 'text' field: give one document a line") from None
+            raise InputError(
+                f"line {number} of '{name}' is no JSON object with a 'text' field: give one document a line"
+            ) from None
     return "\n\n".join(documents)
 
 
@@ -77,7 +79,9 @@ def _from_datasets(name: str, part: Part) -> str:
     try:
         import datasets
     except ImportError:
-        raise InputError(f"text '{name}' needs the datasets package: pip install 'mobiquant[datasets]', or use builtin") from None
+        raise InputError(
+            f"text '{name}' needs the datasets package: pip install 'mobiquant[datasets]', or use builtin"
+        ) from None
     try:
         if name == "wikitext2":
             split = {"calibrate": "train", "measure": "test"}[part]
@@ -92,7 +96,9 @@ def _from_datasets(name: str, part: Part) -> str:
     # the package raises what its network and file layers raise; no narrower class covers them
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"text '{name}' could not be fetched ({reason}): check the network, or use builtin or a file") from error
+        raise InputError(
+            f"text '{name}' could not be fetched ({reason}): check the network, or use builtin or a file"
+        ) from error
 
 
 def windows(text: str, tokenizer: Any, length: int, name: str) -> Int[Tensor, "S L"]:

@@ -99,15 +99,7 @@ def load_float(model: str | Path, dtype: Any = "auto") -> PreTrainedModel:
         loaded = _load_gguf(Path(model), torch.bfloat16 if dtype == "auto" else dtype)
     else:
         folder = _local(model)
-        values = checkpoint.read_config(folder)
-        if values.get("quantization_config"):
-            method = values["quantization_config"].get("quant_method", "an unknown method")
-            raise InputError(f"'{model}' is already quantised ({method}): give the float model that it was made from")
-        causal = {name for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in ([names] if isinstance(names, str) else names)}
-        architectures = values.get("architectures") or []
-        if not architectures or not set(architectures) & causal:
-            named = ", ".join(architectures) or f"of type {values.get('model_type', 'unknown')}"
-            raise InputError(f"'{model}' ({named}) is not a causal language model: only those can be quantised")
+        _check_causal(model, checkpoint.read_config(folder))
         try:
             loaded, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
         except (OSError, ValueError, RuntimeError, KeyError, checkpoint.SafetensorError) as error:
@@ -118,6 +110,30 @@ def load_float(model: str | Path, dtype: Any = "auto") -> PreTrainedModel:
         if not torch.isfinite(tensor).all():
             raise InputError(f"tensor '{name}' of '{model}' holds NaN or Inf: repair the model before quantising it")
     return loaded.eval()
+
+
+def load_config(model: str | Path) -> tuple[Any, bool]:
+    """transformers' config of a float model, and whether it is a GGUF file; reads no weights. Raises InputError."""
+    if model == DEMO_MODEL:
+        model = demo_file()
+    if str(model).endswith(".gguf"):
+        config = AutoConfig.from_pretrained(Path(model).parent, gguf_file=Path(model).name)
+        return config, True
+    folder = _local(model)
+    _check_causal(model, checkpoint.read_config(folder))
+    return AutoConfig.from_pretrained(folder), False
+
+
+def _check_causal(model: str | Path, values: dict[str, Any]) -> None:
+    if values.get("quantization_config"):
+        method = values["quantization_config"].get("quant_method", "an unknown method")
+        raise InputError(f"'{model}' is already quantised ({method}): give the float model that it was made from")
+    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    causal = {name for entry in names for name in ([entry] if isinstance(entry, str) else entry)}
+    architectures = values.get("architectures") or []
+    if not set(architectures) & causal:
+        named = ", ".join(architectures) or f"of type {values.get('model_type', 'unknown')}"
+        raise InputError(f"'{model}' ({named}) is not a causal language model: only those can be quantised")
 
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -136,3 +152,8 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     plain = AutoModelForCausalLM.from_config(config, dtype=dtype)
     plain.load_state_dict(raw.state_dict())
     return plain
+
+
+def is_quantized(model: str | Path) -> bool:
+    """Whether the name is that of a mobiquant folder; a name that is no folder is taken for a float model."""
+    return Path(model).is_dir() and checkpoint.is_checkpoint(Path(model))

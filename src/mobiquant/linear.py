@@ -36,7 +36,9 @@ class Precision:
 
     def set(self, tau: Sequence[float], cap: Sequence[int]) -> None:
         """Change thresholds and caps, in place on every device already in use where their number stays the same."""
-        self._tau, self._cap = torch.tensor(tau, dtype=torch.float32), torch.tensor(cap, dtype=torch.int64)
+        # the device is named because transformers builds models where tensors have no data by default
+        self._tau = torch.tensor(tau, dtype=torch.float32, device="cpu")
+        self._cap = torch.tensor(cap, dtype=torch.int64, device="cpu")
         # known on the host: whether routers have work, and the depth where every token reads the same
         self.routed = any(t != float("-inf") for t in tau)
         self.fixed = None if self.routed or len(set(cap)) > 1 else int(cap[0])
@@ -54,7 +56,9 @@ class Precision:
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Thresholds and caps on a device; the same tensors at every call while their number stays the same."""
         if device not in self._copies:
-            self._copies[device] = self._tau.to(device, copy=True), self._cap.to(device, copy=True)
+            # made as ordinary tensors, so that they can be changed in place after a first use under inference_mode
+            with torch.inference_mode(False):
+                self._copies[device] = self._tau.to(device, copy=True), self._cap.to(device, copy=True)
         return self._copies[device]
 
     def record(self, depth: Int[Tensor, " T"] | int, tokens: int, size: int) -> None:
@@ -63,9 +67,10 @@ class Precision:
             self._read_fixed[depth - 1] += tokens * size
             return
         if depth.device not in self._read:
-            self._read[depth.device] = torch.zeros(len(self.widths), dtype=torch.float64, device=depth.device)
+            with torch.inference_mode(False):
+                self._read[depth.device] = torch.zeros(len(self.widths), dtype=torch.float64, device=depth.device)
         every = torch.arange(1, len(self.widths) + 1, device=depth.device)
-        self._read[depth.device] += (depth[:, None] == every).sum(0) * float(size)
+        self._read[depth.device] += (depth[:, None] == every).sum(0).double() * size
 
     def depth_shares(self, reset: bool = False) -> list[float]:
         """Share of weights read at each depth since the last reset; all zero before any token."""

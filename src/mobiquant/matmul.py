@@ -23,7 +23,7 @@ from mobiquant import slices as s
 class Packed:
     """One stored weight matrix [N, K]: slice planes with scales and zero points [N, G]."""
 
-    planes: Sequence[UInt8[Tensor, "b N K8"]]
+    planes: Sequence[UInt8[Tensor, "_ N K8"]]
     scale: Float16[Tensor, "N G"]
     zero: UInt8[Tensor, "N G"]
     slices: tuple[int, ...]

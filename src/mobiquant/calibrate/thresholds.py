@@ -15,9 +15,9 @@ from mobiquant.calibrate.streams import Stage, Streams
 from mobiquant.config import Format
 from mobiquant.linear import Precision
 
-# shares of the range above the base width at which a row is measured, for the first region and for later ones
-SHARES = (0.02, 0.1, 0.25, 0.42, 0.6, 0.78, 0.92, 0.985)
-TOKENS = 2048
+# shares of the budgets of a region at which a row is measured
+SHARES = (0.03, 0.15, 0.35, 0.6, 0.85, 0.97)
+TOKENS = 1536
 
 
 def rows(form: Format, fitted: list[Fitted]) -> list[tuple[float, int]]:

@@ -1,0 +1,5 @@
+"""`python -m mobiquant`."""
+
+from mobiquant.cli import main
+
+main()

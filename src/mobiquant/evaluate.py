@@ -1,0 +1,115 @@
+"""Perplexity, divergence from the float model, and the bits really read.
+
+What: for each budget the perplexity over non-overlapping windows, `exp` of the mean negative log-likelihood of all tokens of a
+window but its first, and the mean over those tokens of `KL(float || quantised)` of the next-token distribution, in nats.
+
+How: windows are the outer loop, budgets the inner one, so that the logits of the float model are made once for each window.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from mobiquant import blocks, budget, clip
+from mobiquant import slices as s
+from mobiquant.config import InputError
+
+ROWS = 256
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a report; `bits` is what was asked for, None for a float model, `kl` None without a reference."""
+
+    name: str
+    bits: float | None
+    bits_read: float | None
+    perplexity: float
+    kl: float | None = None
+
+
+class _Sums:
+    """Running sums of one budget."""
+
+    def __init__(self) -> None:
+        self.loss = self.kl = self.read = 0.0
+        self.tokens = 0
+
+    def add(self, logits: Float[Tensor, "L V"], tokens: Int[Tensor, " L"], reference: Float[Tensor, "L V"] | None) -> None:
+        """Add the predictions of one window, in parts of `ROWS` rows to bound memory."""
+        targets = tokens[1:]
+        for i in range(0, targets.numel(), ROWS):
+            part = slice(i, min(i + ROWS, targets.numel()))
+            predicted = logits[part].float()
+            self.loss += float(cross_entropy(predicted, targets[part], reduction="sum"))
+            if reference is not None:
+                p, q = reference[part].float().log_softmax(1), predicted.log_softmax(1)
+                self.kl += float((p.exp() * (p - q)).sum())
+        self.tokens += targets.numel()
+
+    def row(self, name: str, bits: float | None, windows: int, referenced: bool) -> Row:
+        """The finished line."""
+        # a model read at too few bits may be off by more than a float can say
+        perplexity = math.exp(min(self.loss / self.tokens, 700.0))
+        read = None if bits is None else self.read / windows
+        return Row(name, bits, read, perplexity, self.kl / self.tokens if referenced else None)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    windows: Int[Tensor, "S L"],
+    bits: Sequence[float] = (),
+    *,
+    fixed: bool = False,
+    reference: nn.Module | None = None,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> list[Row]:
+    """One row for each budget of a quantised model, or one row where `bits` is empty (the model as it is).
+
+    With `fixed` every token reads exactly the width, without routers. The precision of the model is as before afterwards.
+    Raises InputError before any work on budgets that cannot be read.
+    """
+    if windows.shape[1] < 2:
+        raise InputError(f"windows of {windows.shape[1]} token leave nothing to predict: give a --sequence-length of 2 or more")
+    budgets: list[float | None] = [None] if not bits else list(bits)
+    for b in bits:
+        with budget.precision(model, b, routed=not fixed):
+            pass
+    sums = [_Sums() for _ in budgets]
+    device = next(model.parameters()).device
+    for number, window in enumerate(windows):
+        tokens = window.to(device)
+        reference_logits = reference(tokens[None]).logits[0] if reference is not None else None
+        for b, total in zip(budgets, sums, strict=True):
+            if b is None:
+                total.add(model(tokens[None], use_cache=False).logits[0], tokens, reference_logits)
+                continue
+            with budget.precision(model, b, routed=not fixed):
+                budget.bits_read(model, reset=True)
+                total.add(model(tokens[None], use_cache=False).logits[0], tokens, reference_logits)
+                total.read += budget.bits_read(model, reset=True)
+        progress("evaluating", number + 1, windows.shape[0])
+    kind = "float" if not bits else "fixed" if fixed else "routed"
+    return [t.row(kind, b, windows.shape[0], reference is not None) for b, t in zip(budgets, sums, strict=True)]
+
+
+@torch.no_grad()
+def round_to_nearest(model: nn.Module, bits: int, group_size: int) -> None:
+    """Replace the weights in the blocks by their round-to-nearest values of one width: the baseline, in place.
+
+    Ordinary asymmetric quantisation of min and max of each group, with a whole zero point.
+    """
+    _, stack = blocks.find_blocks(model)
+    for layer in blocks.linears(stack).values():
+        weight = blocks.weight_of(layer)
+        scale, zero = clip.min_max(weight, (bits,), group_size)
+        unit = 2 ** (s.ZERO_BITS - bits)
+        zero = ((zero.int() + unit // 2) // unit).clamp(max=2**bits - 1).mul(unit).to(torch.uint8)
+        code = s.encode(weight, scale, zero, (bits,), group_size)
+        weight.copy_(s.dequantize(code, scale, zero, (bits,), group_size, 1))

@@ -1,0 +1,21 @@
+"""Settings of all tests: examples of property tests are few, always the same, and never timed."""
+
+import torch
+from beartype import BeartypeConf, beartype
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "mobiquant",
+    max_examples=50,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("mobiquant")
+
+# checks annotations where pytest is told `--jaxtyping-packages=mobiquant,conftest.checked`: an int is a float, as PEP 484 says
+checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
+
+# tensors here are small: on a busy machine threads that wait for each other make the tests ten times slower
+torch.set_num_threads(1)
