@@ -6,7 +6,7 @@ input when one tensor is handed to both while a block runs. No table of architec
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,7 +109,8 @@ def capture(
         return forward
 
     def keep(*args: Any, **kwargs: Any) -> Any:
-        hidden.append((kwargs.get("hidden_states", args[0] if args else None)).to("cpu", copy=True))
+        states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        hidden.append(states.to("cpu", copy=True))
         raise _Stop
 
     outside = _outside(model, blocks)
@@ -122,10 +123,8 @@ def capture(
         model(tokens[:1].to(device), use_cache=False)
         blocks[0].forward = keep
         for part in tokens.split(batch):
-            try:
+            with suppress(_Stop):
                 model(part.to(device), use_cache=False)
-            except _Stop:
-                pass
     finally:
         for block in blocks:
             block.__dict__.pop("forward", None)

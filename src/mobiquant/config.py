@@ -149,7 +149,7 @@ class Checkpoint:
         version = values.get("format_version")
         if not isinstance(version, int) or version > FORMAT_VERSION:
             raise InputError(
-                f"the checkpoint has format version {version} and this mobiquant reads up to {FORMAT_VERSION}: upgrade mobiquant"
+                f"the checkpoint has format version {version}, this mobiquant reads up to {FORMAT_VERSION}: upgrade mobiquant"
             )
         try:
             form = Format(**{f.name: values[f.name] for f in fields(Format)})

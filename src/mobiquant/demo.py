@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from mobiquant import calibrate, checkpoint, data, integration
-from mobiquant import load, set_precision
+from mobiquant import calibrate, checkpoint, data, integration, load, set_precision
 from mobiquant.config import Format
 from mobiquant.evaluate import Row, evaluate, round_to_nearest
 from mobiquant.generate import generate

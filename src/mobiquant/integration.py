@@ -25,7 +25,7 @@ def _local(model: str | Path) -> Path:
     if path.is_dir():
         return path
     name = str(model)
-    looks_like_id = 0 < name.count("/") < 2 and not name.startswith((".", "/", "~")) or "/" not in name and not path.suffix
+    looks_like_id = (0 < name.count("/") < 2 and not name.startswith((".", "/", "~"))) or ("/" not in name and not path.suffix)
     if path.exists() or not looks_like_id:
         raise InputError(f"model '{name}' does not exist as a folder: give a folder, a .gguf file or a hub id such as org/name")
     from huggingface_hub import snapshot_download
@@ -59,13 +59,16 @@ def load(
     checkpoint.verify(folder, len(stored.format.slices))
     config = AutoConfig.from_pretrained(folder)
     config.quantization_config = found
-    loaded, info = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=dtype, device_map=str(device), output_loading_info=True
-    )
+    loaded, info = _with_info(folder, config=config, dtype=dtype, device_map=str(device))
     if info["missing_keys"] or info.get("mismatched_keys"):
         name = sorted([*info["missing_keys"], *info.get("mismatched_keys", ())])[0]
         raise InputError(f"tensor '{name}' of '{folder}' is missing or has another shape: make the checkpoint again")
     return loaded
+
+
+def _with_info(folder: Path, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """`from_pretrained` with the report of what it found."""
+    return AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **kwargs)  # type: ignore[return-value]
 
 
 def load_tokenizer(model: str | Path) -> Any:
@@ -101,7 +104,7 @@ def load_float(model: str | Path, dtype: Any = "auto") -> PreTrainedModel:
         folder = _local(model)
         _check_causal(model, checkpoint.read_config(folder))
         try:
-            loaded, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+            loaded, info = _with_info(folder, dtype=dtype)
         except (OSError, ValueError, RuntimeError, KeyError, checkpoint.SafetensorError) as error:
             raise InputError(f"model '{model}' cannot be loaded ({first_line(error)}): fetch or make it again") from error
         if info["missing_keys"]:

@@ -92,6 +92,9 @@ class MobiLinear(nn.Module):
     def __init__(self, columns: int, rows: int, form: Format, owns_router: bool, bias: torch.dtype | None = None):
         super().__init__()
         self.in_features, self.out_features, self.format = columns, rows, form
+        self.scale: Tensor
+        self.zero: Tensor
+        self.bias: Tensor | None
         count = s.groups(columns, form.group_size)
         for e, width in enumerate(form.slices):
             self.register_buffer(f"planes_{e}", torch.zeros(pack.plane_shape(rows, columns, width), dtype=torch.uint8))
@@ -152,7 +155,7 @@ class MobiLinear(nn.Module):
             getattr(self, f"planes_{e}").copy_(plane)
         self.scale.copy_(scale)
         self.zero.copy_(zero)
-        if bias is not None:
+        if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
 
     def depths(self, x: Float[Tensor, "T K"], rows: int) -> Int[Tensor, " T"] | int:

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from mobiquant import blocks, data, integration, quantizer
 from mobiquant.calibrate import fast, paper
-from mobiquant.calibrate.fast import Fitted
 from mobiquant.calibrate.streams import Stage, Streams
 from mobiquant.calibrate.thresholds import Measured
 from mobiquant.config import Calibration, Checkpoint, Format, InputError
@@ -92,8 +91,7 @@ def run(
     log: list[dict[str, Any]] = []
     for index, block in enumerate(stack):
         stage = Stage(block, index, calls, precision, device)
-        one = hidden[:1]
-        groups = blocks.shared_inputs(stage.teacher, lambda: stage.calls.run(stage.teacher, index, one.to(device)))
+        groups = stage.groups(hidden[:1])
         unused = set(blocks.linears(stage.teacher)) - {name for names in groups for name in names}
         skipped.update({f"{root}.{index}.{name}": "not used when the block runs" for name in sorted(unused)})
         found, entries = recipe.quantize_block(stage, streams, groups, form, settings)

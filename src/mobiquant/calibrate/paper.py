@@ -73,7 +73,12 @@ class LearnedClip(nn.Module):
         super().__init__()
         weight = blocks.weight_of(old).detach().float().contiguous()
         bias = getattr(old, "bias", None)
-        self.form, self.gates = form, None
+        self.form = form
+        self.gates: Gates | None = None
+        self.weight: Tensor
+        self.bias: Tensor | None
+        self.low: Tensor
+        self.high: Tensor
         self.register_buffer("weight", weight)
         self.register_buffer("bias", None if bias is None else bias.detach())
         low = clip.group_reduce(weight, form.group_size, "amin", float("inf")).clamp(max=0)
@@ -147,7 +152,7 @@ def _train(
     unique = list(dict.fromkeys(owners.values()))
     parameters = [p for layer in layers.values() for p in layer.parameters()]
     for name, layer in layers.items():
-        layer.gates = owners[name] if routed else None  # type: ignore[assignment]
+        layer.gates = owners[name] if routed else None
     if routed:
         parameters = list(dict.fromkeys([*parameters, *(p for gates in unique for p in gates.parameters())]))
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)

@@ -50,6 +50,10 @@ class Stage:
         """Outputs of the block for a batch from the host, on the device."""
         return self.calls.run(self.module(reading), self.index, hidden.to(self.device))
 
+    def groups(self, hidden: Float[Tensor, "S L D"]) -> list[list[str]]:
+        """Linear layers of the block, those that read the same input together, in running order."""
+        return blocks.shared_inputs(self.teacher, lambda: self.run(FLOAT, hidden))
+
     def inputs(self, reading: Reading, hidden: Float[Tensor, "S L D"], name: str) -> Float[Tensor, "T K"]:
         """What the layer `name` reads for a batch."""
         seen: list[Tensor] = []
