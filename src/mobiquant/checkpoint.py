@@ -155,6 +155,7 @@ def check_output(folder: Path, overwrite: bool) -> None:
 def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
     """Call `write` on a temporary folder beside `folder`, then put it in its place; on any error nothing is changed."""
     folder = folder.absolute()
+    missing = [parent for parent in folder.parents if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -171,3 +172,7 @@ def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
             raise
     finally:
         shutil.rmtree(made, ignore_errors=True)
+        if not folder.exists():
+            # after a failure, take back the parents made above
+            for parent in missing:
+                parent.rmdir()

@@ -5,6 +5,7 @@ runs, so that `--help` answers at once.
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,8 +15,21 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+class Verbs(TyperGroup):
+    """typer's group, but an interrupt is told like any other failure; typer itself would end with 130 and not a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _say("interrupted: nothing was written")
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(cls=Verbs, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 out, err = Console(), Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
@@ -27,6 +41,8 @@ TEXT = "builtin, wikitext2, c4, ptb, a .txt or .jsonl file, or wikitext2:FILE fo
 
 def main() -> None:
     """Entry point: runs the command and turns errors into exit codes."""
+    # read by tqdm when it is first imported: bars of other packages would mix with ours
+    os.environ.setdefault("TQDM_DISABLE", "1")
     from mobiquant.config import InputError
 
     try:
@@ -34,15 +50,10 @@ def main() -> None:
     except InputError as error:
         _say(str(error))
         sys.exit(2)
-    except KeyboardInterrupt:
-        _say("interrupted: nothing was written")
-        sys.exit(1)
     except OSError as error:
         _say(f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}: nothing was written")
         sys.exit(1)
     except Exception as error:
-        import os
-
         if os.environ.get("MOBIQUANT_DEBUG"):
             raise
         _say(f"{type(error).__name__}: {error} (set MOBIQUANT_DEBUG=1 for the full trace)")

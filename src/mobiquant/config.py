@@ -152,7 +152,7 @@ class Checkpoint:
                 f"the checkpoint has format version {version}, this mobiquant reads up to {FORMAT_VERSION}: upgrade mobiquant"
             )
         try:
-            form = Format(**{f.name: values[f.name] for f in fields(Format)})
+            form = Format(**({f.name: values[f.name] for f in fields(Format)} | {"slices": tuple(values["slices"])}))
             rest = {f.name: values[f.name] for f in fields(cls) if f.name not in ("format", "inputs", "thresholds")}
             inputs = tuple(tuple(names) for names in values["inputs"])
             return cls(form, inputs, tuple(values["thresholds"]), **rest)

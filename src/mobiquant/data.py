@@ -2,10 +2,11 @@
 
 Names: `builtin` (the prose of Python's own documentation, in every Python), `wikitext2`, `c4`, `ptb` (through the optional
 `datasets` package), a `.txt` file, a `.jsonl` file with a `text` field on each line, or `wikitext2:FILE` for a local copy of
-a raw WikiText file. Each name has two parts that share no document: `calibrate` and `measure`. A file is one text, and the
+a raw WikiText file. Each name has two parts that share no paragraph: `calibrate` and `measure`. A file is one text, and the
 same for both.
 """
 
+import io
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +30,7 @@ def load_text(name: str, part: Part) -> str:
     elif name in ("wikitext2", "c4", "ptb"):
         text = _from_datasets(name, part)
     elif name.startswith("wikitext2:"):
-        text = _wikitext(_read(Path(name.partition(":")[2])).splitlines(keepends=True))
+        text = _wikitext(list(io.StringIO(_read(Path(name.partition(":")[2])))))
     elif name.endswith((".txt", ".jsonl")):
         text = _read(Path(name))
         text = _from_jsonl(text, name) if name.endswith(".jsonl") else text
@@ -43,8 +44,14 @@ def load_text(name: str, part: Part) -> str:
 def _builtin(part: Part) -> str:
     from pydoc_data.topics import topics
 
-    chosen = [topics[key] for i, key in enumerate(sorted(topics)) if (i % BUILTIN_MEASURE == 0) == (part == "measure")]
-    return "\n\n".join(chosen)
+    documents = [topics[key] for key in sorted(topics)]
+    measured = "\n\n".join(documents[::BUILTIN_MEASURE])
+    if part == "measure":
+        return measured
+    # topics quote each other at length: what is measured must not have been calibrated with
+    seen = set(measured.split("\n\n"))
+    rest = "\n\n".join(text for i, text in enumerate(documents) if i % BUILTIN_MEASURE)
+    return "\n\n".join(paragraph for paragraph in rest.split("\n\n") if paragraph not in seen)
 
 
 def _read(path: Path) -> str:
@@ -57,16 +64,19 @@ def _read(path: Path) -> str:
 
 
 def _from_jsonl(content: str, name: str) -> str:
-    documents = []
-    for number, line in enumerate(content.splitlines(), 1):
+    documents: list[str] = []
+    # splitlines would also split at separators that are legal inside a JSON string
+    for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            documents.append(str(json.loads(line)["text"]))
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise InputError(
-                f"line {number} of '{name}' is no JSON object with a 'text' field: give one document a line"
-            ) from None
+            found = json.loads(line)
+        except json.JSONDecodeError:
+            found = None
+        document = found.get("text") if isinstance(found, dict) else None
+        if not isinstance(document, str):
+            raise InputError(f"line {number} of '{name}' is no JSON object with a text in its 'text' field: give one a line")
+        documents.append(document)
     return "\n\n".join(documents)
 
 
@@ -103,6 +113,8 @@ def _from_datasets(name: str, part: Part) -> str:
 
 def windows(text: str, tokenizer: Any, length: int, name: str) -> Int[Tensor, "S L"]:
     """All non-overlapping windows of `length` tokens; the rest of the text is dropped."""
+    if length < 1:
+        raise InputError(f"windows of {length} tokens cannot be made: give a --sequence-length of 2 or more")
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     count = ids.numel() // length
     if not count:
@@ -113,7 +125,7 @@ def windows(text: str, tokenizer: Any, length: int, name: str) -> Int[Tensor, "S
     return ids[: count * length].view(count, length)
 
 
-def sample(every: Int[Tensor, "S L"], samples: int, seed: int) -> Int[Tensor, "S L"]:
+def sample(every: Int[Tensor, "S L"], samples: int, seed: int) -> Int[Tensor, "M L"]:
     """Windows drawn without replacement in the order of the text; all of them where there are not more than asked for."""
     if every.shape[0] <= samples:
         return every

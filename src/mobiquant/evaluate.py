@@ -108,8 +108,9 @@ def round_to_nearest(model: nn.Module, bits: int, group_size: int) -> None:
     _, stack = blocks.find_blocks(model)
     for layer in blocks.linears(stack).values():
         weight = blocks.weight_of(layer)
-        scale, zero = clip.min_max(weight, (bits,), group_size)
-        unit = 2 ** (s.ZERO_BITS - bits)
-        zero = ((zero.int() + unit // 2) // unit).clamp(max=2**bits - 1).mul(unit).to(torch.uint8)
+        scale, _ = clip.min_max(weight, (bits,), group_size)
+        low = clip.group_reduce(weight.float(), group_size, "amin", float("inf")).clamp(max=0)
+        whole = (-low / scale.float()).round().clamp(0, 2**bits - 1)
+        zero = (whole * 2 ** (s.ZERO_BITS - bits)).to(torch.uint8)
         code = s.encode(weight, scale, zero, (bits,), group_size)
         weight.copy_(s.dequantize(code, scale, zero, (bits,), group_size, 1))

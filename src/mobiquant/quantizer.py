@@ -6,6 +6,7 @@ kept their signature from 5.17 to 5.23; a saved model is written whole or not at
 
 import json
 import shutil
+from copy import copy
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -19,11 +20,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from mobiquant import blocks, checkpoint
 from mobiquant.config import QUANT_METHOD, Checkpoint, InputError
 from mobiquant.linear import MobiLinear
+from mobiquant.slices import MAX_BITS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TRAINING_LOG = "training_log.json"
+LOADING = ("is_local", "local_files_only")
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -56,11 +59,17 @@ class MobiquantQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         stored = self.quantization_config.stored  # type: ignore[attr-defined]
         checkpoint.build_layers(model, stored)
+        for layer in _layers(model):
+            # GPT-2 sets the weights of some layers anew unless they are marked as loaded, and so needs one to look at
+            layer.weight = torch.empty(0)  # type: ignore[assignment]
+            layer.weight._is_hf_initialized = True  # type: ignore[attr-defined]
         # planes of slices that are not loaded stay on the disk without a warning
-        skipped = {rf"\.planes_[{len(stored.format.slices)}-7]$"}
+        skipped = {rf"\.planes_{e}$" for e in range(len(stored.format.slices), MAX_BITS)}
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *skipped}  # type: ignore
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for layer in _layers(model):
+            del layer.weight
         _adopt(model, self)
         return model
 
@@ -82,6 +91,10 @@ class MobiquantQuantizer(HfQuantizer):
                 blocks.replace(model, name, dense)
         model.__dict__.pop("save_pretrained", None)
         return model
+
+
+def _layers(model: nn.Module) -> list[MobiLinear]:
+    return [module for module in model.modules() if isinstance(module, MobiLinear)]
 
 
 def _adopt(model: nn.Module, quantizer: MobiquantQuantizer, tokenizer: Any = None) -> None:
@@ -118,7 +131,7 @@ def save_pretrained(self: "PreTrainedModel", save_directory: str | Path, overwri
     def write(new: Path) -> None:
         type(self).save_pretrained(self, new, **kwargs)
         if tokenizer is not None:
-            tokenizer.save_pretrained(new)
+            _save_tokenizer(tokenizer, new)
         if log:
             (new / TRAINING_LOG).write_text(json.dumps(log, indent=1) + "\n")
         elif (source / TRAINING_LOG).is_file() and checkpoint.is_checkpoint(source):
@@ -126,6 +139,13 @@ def save_pretrained(self: "PreTrainedModel", save_directory: str | Path, overwri
         checkpoint.write_digests(new)
 
     checkpoint.write_whole(folder, write)
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write the files of a tokenizer without what transformers notes of the place it was loaded from."""
+    plain = copy(tokenizer)
+    plain.init_kwargs = {name: value for name, value in tokenizer.init_kwargs.items() if name not in LOADING}
+    plain.save_pretrained(folder)
 
 
 def tokenizer_of(source: str | Path, **kwargs: Any) -> Any:

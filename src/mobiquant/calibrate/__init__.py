@@ -113,6 +113,10 @@ def run(
 def _keep(stage: Stage, block: torch.nn.Module) -> None:
     """Move the quantised layers of a finished stage into the model, on the host."""
     for name, layer in stage.mobilinears(stage.student).items():
+        bias = getattr(block.get_submodule(name), "bias", None)
+        if bias is not None and layer.bias is not None:
+            # a stage works in fp32, a model keeps its dtype
+            layer.bias = layer.bias.to(bias.dtype)
         blocks.replace(block, name, layer.cpu())
 
 

@@ -171,10 +171,10 @@ def _train(
             with torch.enable_grad():
                 made = stage.run(ROUTED, streams.hidden[ROUTED][part])
                 loss = (made - wanted).square().mean() / wanted.square().mean().clamp_min(1e-12)
-                total += float(loss)
+                total += float(loss.detach())
                 if routed:
                     read = torch.stack([owners[name].bits for name in layers]) @ sizes / sizes.sum()
-                    bits += float(read)
+                    bits += float(read.detach())
                     loss = loss + (read - target) ** 2
                 optimizer.zero_grad()
                 loss.backward()

@@ -1,0 +1,75 @@
+"""The demonstration model, SmolLM2-135M-Instruct from its wheel, quantised, saved, loaded, measured and heard."""
+
+import os
+
+import pytest
+import torch
+
+import mobiquant
+from mobiquant import data, evaluate, integration
+from mobiquant.config import Format
+from mobiquant.generate import generate
+
+BUDGETS = (2.5, 3.0, 4.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_cores():
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, all_cores):
+    """The checkpoint, from as few tokens as still make one."""
+    folder = tmp_path_factory.mktemp("smollm2") / "checkpoint"
+    few = {"samples": 2, "sequence_length": 128}
+    mobiquant.quantize(integration.DEMO_MODEL, format=Format(group_size=64), device="cpu", **few).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def windows():
+    tokenizer = integration.load_tokenizer(integration.DEMO_MODEL)
+    return data.windows(data.load_text("builtin", "measure"), tokenizer, 256, "builtin")[:1]
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return mobiquant.load(folder, dtype=torch.float32)
+
+
+def test_the_wheel_of_the_model_is_installed():
+    assert integration.demo_file().stat().st_size > 5e7
+
+
+def test_every_budget_reads_what_it_says_and_predicts_the_better_the_more_it_reads(model, windows):
+    reference = integration.load_float(integration.DEMO_MODEL, torch.float32)
+    (float_row,) = evaluate.evaluate(reference, windows)
+    rows = evaluate.evaluate(model, windows, (*BUDGETS, 8.0), reference=reference)
+    print(float_row, *rows, sep="\n")
+    for row in rows:
+        assert row.bits_read == pytest.approx(row.bits, abs=0.3)
+    assert rows[0].kl > rows[1].kl > rows[2].kl > rows[3].kl > 0
+    assert rows[2].perplexity < 2 * float_row.perplexity
+    assert rows[3].perplexity == pytest.approx(float_row.perplexity, rel=0.03)
+
+
+def test_a_load_of_the_first_bits_predicts_as_the_whole_model_at_those_bits(folder, model, windows):
+    first = mobiquant.load(folder, max_bits=4, dtype=torch.float32)
+    size = {m: sum(b.numel() * b.element_size() for n, b in m.named_buffers() if ".planes_" in n) for m in (first, model)}
+    assert size[first] * 2 == size[model]
+    (row,) = evaluate.evaluate(first, windows, [4.0])
+    (whole,) = evaluate.evaluate(model, windows, [4.0])
+    assert row.perplexity == pytest.approx(whole.perplexity, rel=1e-4)
+
+
+def test_it_speaks_at_three_bits(folder, model):
+    mobiquant.set_precision(model, 3)
+    pieces = []
+    tokenizer = integration.load_tokenizer(folder)
+    text = generate(model, tokenizer, "The capital of France is", max_new_tokens=8, stream=pieces.append)
+    assert text.strip() and "".join(pieces) == text
+    assert len(tokenizer(text).input_ids) <= 9
