@@ -198,3 +198,12 @@ def test_calibration_leaves_what_is_not_quantised_as_it_was(tmp_path):
     after = dict(made.named_parameters())
     assert set(after) == set(before)
     assert all(torch.equal(after[name], value) and after[name].dtype == value.dtype for name, value in before.items())
+
+
+def test_a_quantised_or_damaged_model_in_memory_is_refused(llama, tmp_path):
+    with pytest.raises(InputError, match="already quantised"):
+        tiny.quantize(tmp_path, llama[0])
+    broken = tiny.model()
+    broken.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("inf")
+    with pytest.raises(InputError, match=r"model.layers.1.mlp.up_proj.weight.*NaN or Inf"):
+        tiny.quantize(tmp_path, broken)

@@ -14,7 +14,7 @@ HOME = Path(mobiquant.__file__).parent
 FILES = sorted(HOME.rglob("*.py"))
 # a module imports only those to its left; names on one level do not import each other
 ORDER = (
-    "_register|slices",
+    "_register|slices|progress",
     "pack|clip|compensate|config",
     "router|matmul",
     "linear",

@@ -7,8 +7,6 @@ runs, so that `--help` answers at once.
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +14,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
+
+from mobiquant.progress import bars
 
 
 class Verbs(TyperGroup):
@@ -70,25 +70,6 @@ def quiet() -> None:
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-
-
-@contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Bars on stderr, one for each stage of work; a plain line at each tenth where stderr is no terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    tasks: dict[str, Any] = {}
-    with Progress(*columns, console=err, disable=not err.is_terminal) as bars:
-
-        def report(stage: str, done: int, total: int) -> None:
-            if not err.is_terminal and done and (done * 10 // total != (done - 1) * 10 // total):
-                err.print(f"{stage}: {done}/{total}", highlight=False)
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
-
-        yield report
 
 
 def numbers(text: str) -> list[float]:
@@ -174,7 +155,7 @@ def quantize(
     if dry_run:
         show(estimate.estimate(model, form, chosen.resolved(form.slices, target.type == "cpu"), target), as_json)
         return
-    with progress() as report:
+    with bars(err, lines=True) as report:
         made = calibrate.quantize(
             model, calibration=calibration, recipe=recipe, format=form, device=device, progress=report, **settings
         )
@@ -234,7 +215,7 @@ def evaluate(
     float_model = integration.load_float(reference, dtype).to(target) if reference else None  # type: ignore[arg-type]
     tokenizer = integration.load_tokenizer(model)
     windows = data.windows(data.load_text(text, "measure"), tokenizer, sequence_length, text)[:max_windows]
-    with progress() as report:
+    with bars(err, lines=True) as report:
         rows = measure(loaded, windows, budgets if quantised else [], fixed=fixed, reference=float_model, progress=report)
     show_rows([asdict(row) for row in rows], as_json, windows=windows.shape[0], sequence_length=sequence_length)
 
@@ -304,7 +285,7 @@ def demo(
     from mobiquant.demo import demo as run
 
     quiet()
-    with progress() as report:
+    with bars(err, lines=True) as report:
         result = run(output, report)
     if as_json:
         print(json.dumps(result))

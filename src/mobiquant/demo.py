@@ -3,6 +3,7 @@
 import platform
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from mobiquant.evaluate import Row, evaluate, round_to_nearest
 from mobiquant.generate import generate
 from mobiquant.report import plot
 
-GROUP, LENGTH, WINDOWS = 64, 1024, 4
+GROUP, LENGTH, WINDOWS = 64, 1024, 3
 BUDGETS = (2.0, 2.5, 3.0, 3.5, 4.0, 6.0, 8.0)
 BASELINES = (2, 3, 4, 8)
 SPOKEN = (2, 3, 4, 8)
@@ -71,7 +72,7 @@ def _measure(model: Any, progress: Callable[[str, int, int], None]) -> list[Row]
         for row in evaluate(model, windows, BUDGETS, reference=reference, progress=staged("measuring budgets"))
     ]
     for number, bits in enumerate(BASELINES):
-        rounded = integration.load_float(name, torch.float32)
+        rounded = deepcopy(reference)
         round_to_nearest(rounded, bits, GROUP)
         found = evaluate(rounded, windows, reference=reference)[0]
         rows.append(replace(found, name="round to nearest", bits=float(bits), bits_read=float(bits)))

@@ -109,10 +109,17 @@ def load_float(model: str | Path, dtype: Any = "auto") -> PreTrainedModel:
             raise InputError(f"model '{model}' cannot be loaded ({first_line(error)}): fetch or make it again") from error
         if info["missing_keys"]:
             raise InputError(f"'{model}' lacks the tensor '{sorted(info['missing_keys'])[0]}': fetch or make it again")
-    for name, tensor in loaded.named_parameters():
-        if not torch.isfinite(tensor).all():
-            raise InputError(f"tensor '{name}' of '{model}' holds NaN or Inf: repair the model before quantising it")
+    check_float(loaded, model)
     return loaded.eval()
+
+
+def check_float(model: PreTrainedModel, name: str | Path) -> None:
+    """Raise InputError for a model that is quantised already, or a weight that is not finite."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise InputError(f"'{name}' is already quantised: give the float model that it was made from")
+    for key, tensor in model.named_parameters():
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"tensor '{key}' of '{name}' holds NaN or Inf: repair the model before quantising it")
 
 
 def load_config(model: str | Path) -> tuple[Any, bool]:

@@ -21,12 +21,13 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
             continue
         points = sorted((row["bits_read"], row["perplexity"]) for row in own)
         axes.plot(*zip(*points, strict=True), marker=marker, label=name)
+        below = 5 if name == names[-1] else -10
         for x, y in points:
             if y < best * 30:
-                axes.annotate(f"{y:.1f}", (x, y), textcoords="offset points", xytext=(4, 5), fontsize=7)
+                axes.annotate(f"{y:.1f}", (x, y), textcoords="offset points", xytext=(4, below), fontsize=7)
     axes.set_yscale("log")
     # round-to-nearest at 2 bits lies orders of magnitude above everything of interest
-    axes.set_ylim(best * 0.9, best * 30)
+    axes.set_ylim(best * 0.85, best * 30)
     axes.set_xlabel("average bits read of each weight")
     axes.set_ylabel("perplexity")
     axes.set_title(title)

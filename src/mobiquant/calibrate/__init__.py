@@ -2,7 +2,7 @@
 
 import platform
 import zlib
-from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,7 @@ from mobiquant.calibrate.streams import Stage, Streams
 from mobiquant.calibrate.thresholds import Measured
 from mobiquant.config import Calibration, Checkpoint, Format, InputError
 from mobiquant.linear import Precision
-
-Report = Callable[[str, int, int], None]
+from mobiquant.progress import Report, bars
 
 
 def quantize(
@@ -37,8 +36,9 @@ def quantize(
 
     `model` is a hub id, a folder, a `.gguf` file, `smollm2-135m`, or a loaded model (changed in place; then give its
     `tokenizer`). `calibration` names a text (`data.py`), `format` how weights are stored, `settings` are the fields of
-    `config.Calibration` such as `samples`, `sequence_length` and `seed`. Returns the model on the CPU at full precision; its
-    `save_pretrained` writes the checkpoint. Raises InputError on bad input.
+    `config.Calibration` such as `samples`, `sequence_length` and `seed`; `progress` is called
+    with the stage, steps done and steps in all, by default for bars on a terminal. Returns the model on the CPU at full
+    precision; its `save_pretrained` writes the checkpoint. Raises InputError on bad input.
     """
     form, target = format or Format(), pick_device(device)
     chosen = Calibration(recipe=recipe, text=calibration, **settings).resolved(form.slices, target.type == "cpu")
@@ -46,12 +46,14 @@ def quantize(
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
             raise InputError("a loaded model needs its tokenizer to read calibration text: give tokenizer=")
+        integration.check_float(model, model.name_or_path)
         loaded = model
     else:
         loaded, tokenizer = integration.load_float(model), tokenizer or integration.load_tokenizer(model)
     every = data.windows(text, tokenizer, chosen.sequence_length or 0, calibration)
     tokens = data.sample(every, chosen.samples or 0, chosen.seed)
-    stored, log = run(loaded, tokens, form, chosen, target, progress or (lambda *_: None))
+    with nullcontext(progress) if progress else bars() as report:
+        stored, log = run(loaded, tokens, form, chosen, target, report)
     quantizer.make_quantized(loaded, stored, tokenizer, log)
     return loaded
 

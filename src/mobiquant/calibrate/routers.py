@@ -18,7 +18,7 @@ from torch.nn.functional import mse_loss, silu
 from mobiquant import router
 from mobiquant.config import Format
 
-STEPS, RIDGE = 25, 1e-2
+STEPS, RIDGE = 20, 1e-2
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from mobiquant.linear import MobiLinear, Precision
 
 Reading = tuple[float, int]
 FLOAT: Reading = (float("nan"), 0)
-ROUTER_TOKENS = 2560
+ROUTER_TOKENS = 2048
 
 
 def fixed(depth: int) -> Reading:

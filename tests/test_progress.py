@@ -1,0 +1,22 @@
+"""Progress is told on stderr in lines where it is no terminal, and on request only."""
+
+import io
+
+from mobiquant.progress import bars
+from rich.console import Console
+
+
+def lines(**settings):
+    stream = io.StringIO()
+    with bars(Console(file=stream, width=80), **settings) as report:
+        for done in range(31):
+            report("work", done, 30)
+    return stream.getvalue().splitlines()
+
+
+def test_a_line_is_written_at_each_tenth():
+    assert lines(lines=True) == [f"work: {done}/30" for done in range(3, 31, 3)]
+
+
+def test_nothing_is_written_unasked():
+    assert not lines()
