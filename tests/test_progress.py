@@ -2,8 +2,9 @@
 
 import io
 
-from mobiquant.progress import bars
 from rich.console import Console
+
+from mobiquant.progress import bars
 
 
 def lines(**settings):
