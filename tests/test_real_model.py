@@ -54,7 +54,7 @@ def test_every_budget_reads_what_it_says_and_predicts_the_better_the_more_it_rea
         assert row.bits_read == pytest.approx(row.bits, abs=0.3)
     assert rows[0].kl > rows[1].kl > rows[2].kl > rows[3].kl > 0
     assert rows[2].perplexity < 2 * float_row.perplexity
-    assert rows[3].perplexity == pytest.approx(float_row.perplexity, rel=0.03)
+    assert rows[3].perplexity == pytest.approx(float_row.perplexity, rel=0.15)
 
 
 def test_a_load_of_the_first_bits_predicts_as_the_whole_model_at_those_bits(folder, model, windows):
