@@ -91,6 +91,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     return content
 
 
+def quantization_of(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The `quantization_config` in the content of a `config.json`; raises InputError where the model is not quantised."""
+    found = values.get("quantization_config")
+    if not isinstance(found, dict):
+        raise InputError(f"'{folder}' is not quantised: make a checkpoint of it with mobiquant quantize")
+    return found
+
+
 def is_checkpoint(folder: Path) -> bool:
     """Whether the folder holds a mobiquant checkpoint of any version."""
     if not (folder / CONFIG).is_file():

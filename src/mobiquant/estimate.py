@@ -51,10 +51,7 @@ def describe(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise InputError(f"folder '{folder}' does not exist: give a folder made by mobiquant quantize")
     values = checkpoint.read_config(folder)
-    found = values.get("quantization_config")
-    if not isinstance(found, dict):
-        raise InputError(f"'{folder}' is not quantised: make a checkpoint of it with mobiquant quantize")
-    stored = Checkpoint.from_dict(found)
+    stored = Checkpoint.from_dict(checkpoint.quantization_of(values, folder))
     config = AutoConfig.from_pretrained(folder)
     del config.quantization_config
     model = _skeleton(config)

@@ -48,10 +48,7 @@ def load(
     Raises InputError for a folder that is no mobiquant checkpoint, is damaged or of a newer format.
     """
     folder = _local(model)
-    values = checkpoint.read_config(folder)
-    found = values.get("quantization_config")
-    if not isinstance(found, dict):
-        raise InputError(f"'{folder}' is not quantised: make a checkpoint of it with mobiquant quantize")
+    found = checkpoint.quantization_of(checkpoint.read_config(folder), folder)
     stored = Checkpoint.from_dict(found)
     if max_bits is not None:
         found = checkpoint.truncate(found, max_bits)
