@@ -84,7 +84,13 @@ def test_each_sequence_has_its_own_precision(tau, cap):
     assert snr_db(torch.cat(alone[::-1]), made(x.flip(0))) > 110
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 40), (6, 40), (3, 40), (4, 5, 40), (1, 3, 40)])
+def test_tokens_may_come_flattened():
+    made, x = layer(FORM), normal(3, 5, 40)
+    made.precision.set([0.0, -INF, 0.5], [5, 2, 3])
+    assert torch.equal(made(x.reshape(15, 40)), made(x).reshape(15, -1))
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 40), (5, 40), (4, 40), (4, 5, 40), (1, 3, 40)])
 @pytest.mark.parametrize("tau", [-INF, 0.0])
 def test_another_batch_size_is_refused(shape, tau):
     made = layer(FORM)
@@ -151,6 +157,8 @@ def test_mixed_depths_are_counted_exactly():
         for d in one.depths(x.reshape(-1, 40), 2).tolist():
             counts[d - 1] += one.in_features * one.out_features
         one(x)
+    by_entry = made[0].precision.entry_counts()
+    assert by_entry.sum(0).tolist() == counts and by_entry[1, 2:].sum() == 0 and by_entry.sum(1).unique().numel() == 1
     made[0].precision.set([-INF], [4])
     made[1](normal(3, 40))
     counts[3] += 3 * 40 * 8

@@ -87,7 +87,7 @@ def _wikitext(lines: list[str]) -> str:
 
 def _from_datasets(name: str, part: Part) -> str:
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports] -- an extra
     except ImportError:
         raise InputError(
             f"text '{name}' needs the datasets package: pip install 'mobiquant[datasets]', or use builtin"

@@ -2,18 +2,19 @@
 
 import platform
 import time
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from mobiquant import calibrate, checkpoint, data, integration, load, set_precision
 from mobiquant.config import Format
 from mobiquant.evaluate import Row, evaluate, round_to_nearest
 from mobiquant.generate import generate
+from mobiquant.progress import Report
 from mobiquant.report import plot
 
 GROUP, LENGTH, WINDOWS = 64, 1024, 3
@@ -23,11 +24,12 @@ SPOKEN = (2, 3, 4, 8)
 PROMPT = "The capital of France is"
 
 
-def demo(output: Path, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
+def demo(output: Path, progress: Report) -> dict[str, Any]:
     """Run the demonstration and fill the folder `output`; returns rows, continuations and paths."""
+    made, tokenizer = integration.load_float(integration.DEMO_MODEL), integration.load_tokenizer(integration.DEMO_MODEL)
+    original = deepcopy(made).float()
     started = time.perf_counter()
-    name = integration.DEMO_MODEL
-    made = calibrate.quantize(name, calibration="builtin", recipe="fast", format=Format(group_size=GROUP), progress=progress)
+    calibrate.quantize(made, tokenizer=tokenizer, format=Format(group_size=GROUP), progress=progress)
     seconds = time.perf_counter() - started
     rows: list[Row] = []
     continuations: list[dict[str, Any]] = []
@@ -35,8 +37,7 @@ def demo(output: Path, progress: Callable[[str, int, int], None]) -> dict[str, A
     def write(folder: Path) -> None:
         made.save_pretrained(folder / "checkpoint")
         model = load(folder / "checkpoint", dtype=torch.float32)
-        rows.extend(_measure(model, progress))
-        tokenizer = integration.load_tokenizer(folder / "checkpoint")
+        rows.extend(_measure(model, original, tokenizer, progress))
         for number, bits in enumerate(SPOKEN):
             set_precision(model, bits)
             text = generate(model, tokenizer, PROMPT, max_new_tokens=24)
@@ -56,16 +57,13 @@ def demo(output: Path, progress: Callable[[str, int, int], None]) -> dict[str, A
     }
 
 
-def _measure(model: Any, progress: Callable[[str, int, int], None]) -> list[Row]:
-    """Rows of the float model, of round-to-nearest at each width, and of the checkpoint at each budget."""
-    name = integration.DEMO_MODEL
-    tokenizer = integration.load_tokenizer(name)
+def _measure(model: Any, reference: PreTrainedModel, tokenizer: Any, progress: Report) -> list[Row]:
+    """Rows of the float model, of the checkpoint at each budget, and of round-to-nearest at each width."""
     windows = data.windows(data.load_text("builtin", "measure"), tokenizer, LENGTH, "builtin")[:WINDOWS]
 
-    def staged(stage: str) -> Callable[[str, int, int], None]:
+    def staged(stage: str) -> Report:
         return lambda _, done, total: progress(stage, done, total)
 
-    reference = integration.load_float(name, torch.float32)
     rows = [replace(row, name="float") for row in evaluate(reference, windows, progress=staged("measuring the float model"))]
     rows += [
         replace(row, name="mobiquant")

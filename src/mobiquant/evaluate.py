@@ -3,21 +3,22 @@
 What: for each budget the perplexity over non-overlapping windows, `exp` of the mean negative log-likelihood of all tokens of a
 window but its first, and the mean over those tokens of `KL(float || quantised)` of the next-token distribution, in nats.
 
-How: windows are the outer loop, budgets the inner one, so that the logits of the float model are made once for each window.
+How: windows are the outer loop, budgets the inner one, so that the float model predicts each window once.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import kl_div, nll_loss
 
 from mobiquant import blocks, budget, clip
 from mobiquant import slices as s
 from mobiquant.config import InputError
+from mobiquant.progress import Report
 
 ROWS = 256
 
@@ -40,16 +41,15 @@ class _Sums:
         self.loss = self.kl = self.read = 0.0
         self.tokens = 0
 
-    def add(self, logits: Float[Tensor, "L V"], tokens: Int[Tensor, " L"], reference: Float[Tensor, "L V"] | None) -> None:
-        """Add the predictions of one window, in parts of `ROWS` rows to bound memory."""
+    def add(self, logits: Float[Tensor, "L V"], tokens: Int[Tensor, " L"], expected: Float[Tensor, "L V"] | None) -> None:
+        """Add the predictions of one window, in parts of `ROWS` rows to bound memory; `expected` are log-probabilities."""
         targets = tokens[1:]
         for i in range(0, targets.numel(), ROWS):
             part = slice(i, min(i + ROWS, targets.numel()))
-            predicted = logits[part].float()
-            self.loss += float(cross_entropy(predicted, targets[part], reduction="sum"))
-            if reference is not None:
-                p, q = reference[part].float().log_softmax(1), predicted.log_softmax(1)
-                self.kl += float((p.exp() * (p - q)).sum())
+            predicted = logits[part].float().log_softmax(1)
+            self.loss += float(nll_loss(predicted, targets[part], reduction="sum"))
+            if expected is not None:
+                self.kl += float(kl_div(predicted, expected[part], reduction="sum", log_target=True))
         self.tokens += targets.numel()
 
     def row(self, name: str, bits: float | None, windows: int, referenced: bool) -> Row:
@@ -68,7 +68,7 @@ def evaluate(
     *,
     fixed: bool = False,
     reference: nn.Module | None = None,
-    progress: Callable[[str, int, int], None] = lambda *_: None,
+    progress: Report = lambda *_: None,
 ) -> list[Row]:
     """One row for each budget of a quantised model, or one row where `bits` is empty (the model as it is).
 
@@ -85,14 +85,14 @@ def evaluate(
     device = next(model.parameters()).device
     for number, window in enumerate(windows):
         tokens = window.to(device)
-        reference_logits = reference(tokens[None]).logits[0] if reference is not None else None
+        expected = reference(tokens[None], use_cache=False).logits[0].float().log_softmax(1) if reference is not None else None
         for b, total in zip(budgets, sums, strict=True):
             if b is None:
-                total.add(model(tokens[None], use_cache=False).logits[0], tokens, reference_logits)
+                total.add(model(tokens[None], use_cache=False).logits[0], tokens, expected)
                 continue
             with budget.precision(model, b, routed=not fixed):
                 budget.bits_read(model, reset=True)
-                total.add(model(tokens[None], use_cache=False).logits[0], tokens, reference_logits)
+                total.add(model(tokens[None], use_cache=False).logits[0], tokens, expected)
                 total.read += budget.bits_read(model, reset=True)
         progress("evaluating", number + 1, windows.shape[0])
     kind = "float" if not bits else "fixed" if fixed else "routed"

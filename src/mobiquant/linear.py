@@ -24,18 +24,22 @@ ROUTER_PREFIX = "router_"
 class Precision:
     """Threshold `tau` (fp32) and depth `cap` (int64): one entry for all tokens, or one for each sequence of a batch.
 
-    Counters hold, for each depth, how many weights were read at it: tokens times layer size.
+    Counters hold, for each entry and depth, how many weights were read at it: tokens times layer size.
     """
 
     def __init__(self, widths: tuple[int, ...]):
         self.widths = widths
         self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        # [entries, E] on each device for routed calls; for fixed ones, and for entries that are no more, [E] on the host
         self._read: dict[torch.device, Tensor] = {}
         self._read_fixed = [0.0] * len(widths)
+        self._tau = torch.empty(0)
         self.set([float("-inf")], [len(widths)])
 
     def set(self, tau: Sequence[float], cap: Sequence[int]) -> None:
         """Change thresholds and caps, in place on every device already in use where their number stays the same."""
+        if len(tau) != self._tau.numel():
+            self._forget_entries()
         # the device is named because transformers builds models where tensors have no data by default
         self._tau = torch.tensor(tau, dtype=torch.float32, device="cpu")
         self._cap = torch.tensor(cap, dtype=torch.int64, device="cpu")
@@ -68,18 +72,33 @@ class Precision:
             return
         if depth.device not in self._read:
             with torch.inference_mode(False):
-                self._read[depth.device] = torch.zeros(len(self.widths), dtype=torch.float64, device=depth.device)
+                shape = self._tau.numel(), len(self.widths)
+                self._read[depth.device] = torch.zeros(shape, dtype=torch.float64, device=depth.device)
         every = torch.arange(1, len(self.widths) + 1, device=depth.device)
-        self._read[depth.device] += (depth[:, None] == every).sum(0).double() * size
+        opened = depth.view(self._tau.numel(), -1, 1) == every  # [entries, tokens of each, E]
+        self._read[depth.device] += opened.sum(1).double() * size
+
+    def _forget_entries(self) -> None:
+        """Sum the counters over the entries, when their number is about to change."""
+        for counts in self._read.values():
+            self._read_fixed = [fixed + count for fixed, count in zip(self._read_fixed, counts.sum(0).tolist(), strict=True)]
+        self._read.clear()
 
     def depth_shares(self, reset: bool = False) -> list[float]:
         """Share of weights read at each depth since the last reset; all zero before any token."""
-        counts = [fixed + sum(c[d].item() for c in self._read.values()) for d, fixed in enumerate(self._read_fixed)]
+        self._forget_entries()
+        counts = self._read_fixed
         if reset:
-            self._read.clear()
             self._read_fixed = [0.0] * len(self.widths)
         total = sum(counts) or 1.0
         return [count / total for count in counts]
+
+    def entry_counts(self) -> Float[Tensor, "entries E"]:
+        """Weights that routed calls read at each depth for each entry, since their number changed or the last reset."""
+        counts = torch.zeros(self._tau.numel(), len(self.widths), dtype=torch.float64, device="cpu")
+        for on_device in self._read.values():
+            counts += on_device.cpu()
+        return counts
 
 
 class MobiLinear(nn.Module):
@@ -158,16 +177,21 @@ class MobiLinear(nn.Module):
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
 
-    def depths(self, x: Float[Tensor, "T K"], rows: int) -> Int[Tensor, " T"] | int:
-        """Depth of each token of a batch of `rows` sequences, or one number where all read the same."""
+    def depths(self, x: Float[Tensor, "T K"], sequences: int | None) -> Int[Tensor, " T"] | int:
+        """Depth of each token, or one number where all read the same; `sequences` is None where tokens came flattened.
+
+        Raises ValueError where precision is set for another number of sequences.
+        """
         precision = self.precision
         if precision.fixed is not None:
             return precision.fixed
         tau, cap = precision.on(x.device)
         if tau.numel() > 1:
-            if tau.numel() != rows:
-                raise ValueError(f"precision is set for {tau.numel()} sequences and the batch has {rows}")
-            repeat = x.shape[0] // rows
+            # some models (OPT) hand their layers all tokens of a batch in one row; sequences of a batch are equally long
+            repeat, over = divmod(x.shape[0], tau.numel())
+            if over or sequences not in (None, tau.numel()):
+                batch = f"{x.shape[0]} tokens" if sequences is None else sequences
+                raise ValueError(f"precision is set for {tau.numel()} sequences and the batch has {batch}")
             tau, cap = tau.repeat_interleave(repeat), cap.repeat_interleave(repeat)
         if not precision.routed:
             return cap
@@ -175,7 +199,7 @@ class MobiLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch N"]:
         flat = x.reshape(-1, self.in_features)  # [..., K] -> [T, K]
-        depth = self.depths(flat, x.shape[0] if x.dim() > 2 else 1)
+        depth = self.depths(flat, x.shape[0] if x.dim() > 2 else None)
         self.precision.record(depth, flat.shape[0], self.in_features * self.out_features)
         y = matmul.matmul(flat, self.packed(), depth)
         if self.bias is not None:

@@ -103,7 +103,7 @@ def run(
         _keep(stage, block)
         inputs += [tuple(f"{root}.{index}.{name}" for name in names) for names in groups]
         progress("quantising blocks", index + 1, count)
-    measured = Measured(hidden, form, fitted, settings.batch)
+    measured = Measured(hidden, form, fitted)
     for index, block in enumerate(stack):
         measured.run_block(block, index, calls, device)
         progress("measuring thresholds", index + 1, count)

@@ -84,17 +84,18 @@ def solve(
     """Grid and codes of one weight matrix from the second moments of its inputs."""
     lam = settings.depth_weights or ()
     unit = own[FLOAT].diagonal().mean().clamp_min(1e-30)
-    hessians, crosses = [], []
-    for depth in range(1, len(form.slices) + 1):
-        reading = next((r for r in own if r == fixed(depth)), FLOAT)
+    hessians: dict[Reading, Tensor] = {}
+    crosses: dict[Reading, Tensor] = {}
+    for reading in own:
         h = own[reading] / unit
         target = h if reading is FLOAT else DRIFT * mixed[reading] / unit + (1 - DRIFT) * h
         ridge = torch.eye(h.shape[0], device=h.device) * (DAMPING * h.diagonal().mean())
-        hessians.append(h + ridge)
-        crosses.append(weight @ (target + ridge))
-    scale, zero = clip.search(weight, hessians[-1].diagonal(), form.slices, form.group_size, lam)
+        hessians[reading] = h + ridge
+        crosses[reading] = weight @ (target + ridge)
+    scale, zero = clip.search(weight, hessians[FLOAT].diagonal(), form.slices, form.group_size, lam)
     grid = compensate.Grid(scale, zero, form.slices, form.group_size)
-    problem = compensate.Problem(torch.stack(hessians), torch.stack(crosses), lam)
+    by_depth = [fixed(d) if fixed(d) in own else FLOAT for d in range(1, len(form.slices) + 1)]
+    problem = compensate.Problem(torch.stack([hessians[r] for r in by_depth]), torch.stack([crosses[r] for r in by_depth]), lam)
     code = s.encode(weight, scale, zero, form.slices, form.group_size)
     return grid, compensate.descend(code, grid, problem, settings.sweeps)
 

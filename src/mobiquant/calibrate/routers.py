@@ -78,9 +78,10 @@ def _directions(f: Float[Tensor, "T K"], target: Float[Tensor, "T R"], hidden: i
     centred = target.mean(1) - target.mean()
     moment = f.T @ (f * (centred / centred.std().clamp_min(1e-6))[:, None]) / f.shape[0]
     scale = f.square().mean(0).sqrt().clamp_min(1e-4)
-    values, vectors = torch.linalg.eigh(moment / (scale[:, None] * scale))
-    best = values.abs().argsort(descending=True)[: -(-hidden // 2)]
-    direction = (vectors[:, best] / scale[:, None]).T
+    count = -(-hidden // 2)
+    # of a symmetric matrix the leading singular vectors are the eigenvectors of largest modulus
+    vectors, _, _ = torch.svd_lowrank(moment / (scale[:, None] * scale), min(count + 8, scale.numel()), niter=4)
+    direction = (vectors[:, :count] / scale[:, None]).T
     return torch.cat([direction, -direction])[:hidden]
 
 
