@@ -6,12 +6,12 @@ packages was imported first.
 """
 
 import sys
-from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 
 class _Follower(MetaPathFinder):
@@ -20,9 +20,7 @@ class _Follower(MetaPathFinder):
     def __init__(self, leader: str, follower: str):
         self.leader, self.follower = leader, follower
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname != self.leader:
             return None
         # ask the other finders, without this one

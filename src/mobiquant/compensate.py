@@ -14,7 +14,8 @@ Why together: a base compensated alone and refined by plain residual slices is w
 refinement toward W undoes the compensation of the base.
 
 Trade-off: columns go one by one, so speed is bound by about fifteen small operations each; updates of the other columns are
-gathered in blocks of 64 and done as matrix products, and all tensors are transposed so that a column is contiguous.
+gathered in blocks of 64 and done as matrix products, and all tensors are transposed so that a column is contiguous. On CUDA
+the columns of a block are one launch (`kernels/descent.py`).
 """
 
 from dataclasses import dataclass
@@ -105,30 +106,58 @@ class Chooser:
 
 def descend(code: UInt8[Tensor, "N K"], grid: Grid, problem: Problem, sweeps: int = 1) -> UInt8[Tensor, "N K"]:
     """Coordinate descent over the columns, first to last, `sweeps` times, from any starting codes."""
-    device, depths, (rows, columns) = code.device, len(grid.slices), code.shape
-    hessian = problem.hessian.expand(depths, -1, -1)
-    diagonal = hessian.diagonal(dim1=1, dim2=2)  # [E, K]
-    # features that are never active get a floor: nothing pulls at their columns, which keep their codes
-    diagonal = diagonal.clamp_min(diagonal.mean() * 1e-6 + 1e-30).T.contiguous()  # [K, E]
-    choose = Chooser(grid.slices, diagonal * torch.tensor(problem.depth_weights, device=device))
-    codes = torch.arange(2 ** sum(grid.slices), device=device)
-    shifts = [sum(grid.slices) - w for w in s.bounds(grid.slices)]
-    levels = torch.stack([s.level(codes >> shift, grid.slices, d + 1) for d, shift in enumerate(shifts)])  # [E, codes]
-    scale = s.expand(grid.scale.float(), grid.group_size, columns).T.contiguous()  # [K, N]
-    chosen = code.T.long()  # [K, N]
-    gradient = hessian @ grid.read(code).mT - problem.cross.mT  # [E, K, N]
+    columns, work = code.shape[1], _Work(code, grid, problem)
     for sweep in range(sweeps):
         for start in range(0, columns, BLOCK):
             stop = min(start + BLOCK, columns)
-            corner = hessian[:, start:stop, start:stop].contiguous()
-            moved = torch.zeros(depths, stop - start, rows, device=device)
-            step = 1 / (diagonal[start:stop, :, None] * scale[start:stop, None])  # [block, E, N]
-            old = levels.index_select(1, chosen[start:stop].flatten()).view(depths, -1, rows)
-            for i, j in enumerate(range(start, stop)):
-                slope = torch.baddbmm(gradient[:, j, None], corner[:, i, None, :i], moved[:, :i])[:, 0]  # [E, N]
-                chosen[j] = choose(torch.addcmul(old[:, i], slope, step[i], value=-1), j)
-                torch.sub(levels.index_select(1, chosen[j]), old[:, i], out=moved[:, i]).mul_(scale[j])
+            moved = work.block(start, stop)
             # the last sweep never looks back
             rest = stop if sweep == sweeps - 1 else 0
-            gradient[:, rest:].baddbmm_(hessian[:, rest:, start:stop], moved)
-    return chosen.T.to(torch.uint8).contiguous()
+            work.gradient[:, rest:].baddbmm_(work.hessian[:, rest:, start:stop], moved)
+    return work.chosen.T.contiguous()
+
+
+class _Work:
+    """State of a descent, transposed so that a column is contiguous."""
+
+    def __init__(self, code: UInt8[Tensor, "N K"], grid: Grid, problem: Problem):
+        device, columns, self.slices = code.device, code.shape[1], grid.slices
+        self.hessian = problem.hessian.expand(len(grid.slices), -1, -1)  # [E, K, K]
+        diagonal = self.hessian.diagonal(dim1=1, dim2=2)  # [E, K]
+        # features that are never active get a floor: nothing pulls at their columns, which keep their codes
+        self.diagonal = diagonal.clamp_min(diagonal.mean() * 1e-6 + 1e-30).T.contiguous()  # [K, E]
+        self.weights = self.diagonal * torch.tensor(problem.depth_weights, device=device)
+        self.choose = Chooser(grid.slices, self.weights)
+        codes = torch.arange(2 ** sum(grid.slices), device=device)
+        shifts = [sum(grid.slices) - w for w in s.bounds(grid.slices)]
+        self.levels = torch.stack([s.level(codes >> shift, grid.slices, d + 1) for d, shift in enumerate(shifts)])  # [E, codes]
+        self.scale = s.expand(grid.scale.float(), grid.group_size, columns).T.contiguous()  # [K, N]
+        self.chosen = code.T.contiguous()  # [K, N]
+        self.gradient = self.hessian @ grid.read(code).mT - problem.cross.mT  # [E, K, N]
+        self.fused = None
+        if code.is_cuda:
+            from mobiquant.kernels import descent
+
+            self.fused, self.hessian, self.gradient = descent.block, self.hessian.contiguous(), self.gradient.contiguous()
+            coarse = len(grid.slices) - self.choose.coarse
+            self.tails = (
+                torch.nn.functional.pad(self.choose.tails, (self.choose.coarse, 0)).contiguous() if coarse else self.weights
+            )
+
+    def block(self, start: int, stop: int) -> Float[Tensor, "E B N"]:
+        """Choose the codes of the columns from `start` to `stop` anew; returns by how much their weights moved."""
+        if self.fused is not None:
+            widths, base, bits = self.choose.widths, self.choose.base, self.choose.search_bits
+            state = self.gradient, self.hessian, self.chosen, self.scale, self.diagonal, self.weights, self.tails
+            return self.fused(*state, widths, base, bits, start, stop, BLOCK)[:, : stop - start]
+        columns, rows, depths = slice(start, stop), self.scale.shape[1], len(self.slices)
+        corner, scale = self.hessian[:, columns, columns].contiguous(), self.scale[columns]
+        moved = torch.zeros(depths, stop - start, rows, device=scale.device)
+        step = 1 / (self.diagonal[columns, :, None] * scale[:, None])  # [B, E, N]
+        old = self.levels.index_select(1, self.chosen[columns].flatten().long()).view(depths, -1, rows)
+        for i, j in enumerate(range(start, stop)):
+            slope = torch.baddbmm(self.gradient[:, j, None], corner[:, i, None, :i], moved[:, :i])[:, 0]  # [E, N]
+            code = self.choose(torch.addcmul(old[:, i], slope, step[i], value=-1), j)
+            torch.sub(self.levels.index_select(1, code), old[:, i], out=moved[:, i]).mul_(scale[i])
+            self.chosen[j] = code
+        return moved

@@ -88,7 +88,7 @@ def run(
     count = len(stack)
     progress("reading the model", 0, count)
     hidden, calls = blocks.capture(model, tokens, device, settings.batch)
-    streams = Streams(hidden, recipe.readings(form), settings.batch)
+    streams = Streams(hidden, recipe.readings(form), settings.batch, device)
     precision, inputs, fitted, skipped = Precision(form.widths), [], [], left_out(model, root)
     log: list[dict[str, Any]] = []
     for index, block in enumerate(stack):

@@ -135,20 +135,22 @@ def quantize_block(
             if shared is None or form.routers == "per-linear":
                 shared = Gates(layers[name].weight.shape[1], form, generator).to(stage.device)
             owners[name] = shared
-    log = _train(stage, streams, layers, owners, settings, routed=False)
-    log += _train(stage, streams, layers, owners, settings, routed=True)
+    wanted = streams.ahead(stage, FLOAT)
+    log = _train(stage, streams, wanted, layers, owners, settings, routed=False)
+    log += _train(stage, streams, wanted, layers, owners, settings, routed=True)
     return _finish(stage, streams, groups, layers, owners, form), log
 
 
 def _train(
     stage: Stage,
     streams: Streams,
+    wanted: Float[Tensor, "S L D"],
     layers: dict[str, LearnedClip],
     owners: dict[str, Gates],
     settings: Calibration,
     routed: bool,
 ) -> list[dict[str, Any]]:
-    """One stage of training; returns the loss and the bits of each epoch."""
+    """One stage of training toward the outputs `wanted` of the float block; returns the loss and the bits of each epoch."""
     unique = list(dict.fromkeys(owners.values()))
     parameters = [p for layer in layers.values() for p in layer.parameters()]
     for name, layer in layers.items():
@@ -166,11 +168,10 @@ def _train(
             gates.temperature = TEMPERATURES[0] + (TEMPERATURES[1] - TEMPERATURES[0]) * done
         total = bits = 0.0
         for part in streams.parts():
-            with torch.no_grad():
-                wanted = stage.run(FLOAT, streams.hidden[FLOAT][part])
+            goal = wanted[part].to(stage.device)
             with torch.enable_grad():
                 made = stage.run(ROUTED, streams.hidden[ROUTED][part])
-                loss = (made - wanted).square().mean() / wanted.square().mean().clamp_min(1e-12)
+                loss = (made - goal).square().mean() / goal.square().mean().clamp_min(1e-12)
                 total += float(loss.detach())
                 if routed:
                     read = torch.stack([owners[name].bits for name in layers]) @ sizes / sizes.sum()

@@ -1,8 +1,9 @@
 """Activations flowing through the model block by block: what the float model computes, and what readers of some depth do.
 
 A stream is named by its reading `(tau, cap)`, the pair that `linear.Precision` takes, or by `FLOAT`. Streams of low depth let a
-layer be fitted to the inputs it will get, which at 2 bits differ much from those of the float model. Activations rest on the
-host in fp32, [S, L, D] for each stream; one block is on the device at a time.
+layer be fitted to the inputs it will get, which at 2 bits differ much from those of the float model. Activations rest in
+fp32, [S, L, D] for each stream, on the device while they take a small part of it, else on the host; one block is on the
+device at a time.
 """
 
 from collections.abc import Iterable, Iterator
@@ -47,7 +48,7 @@ class Stage:
         return self.student
 
     def run(self, reading: Reading, hidden: Float[Tensor, "S L D"]) -> Float[Tensor, "S L D"]:
-        """Outputs of the block for a batch from the host, on the device."""
+        """Outputs of the block for a batch, on the device."""
         return self.calls.run(self.module(reading), self.index, hidden.to(self.device))
 
     def groups(self, hidden: Float[Tensor, "S L D"]) -> list[list[str]]:
@@ -67,12 +68,21 @@ class Stage:
         return {name: m for name, m in module.named_modules() if isinstance(m, MobiLinear)}
 
 
-class Streams:
-    """`hidden[reading]`: states before the block in work, [S, L, D] fp32 on the host."""
+def resting_place(size: int, device: torch.device) -> torch.device:
+    """Where `size` bytes of activations rest: on the device where they take at most a third of its free memory."""
+    if device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] / 3:
+        return device
+    return torch.device("cpu")
 
-    def __init__(self, hidden: Float[Tensor, "S L D"], readings: Iterable[Reading], batch: int):
+
+class Streams:
+    """`hidden[reading]`: states before the block in work, [S, L, D] fp32."""
+
+    def __init__(self, hidden: Float[Tensor, "S L D"], readings: Iterable[Reading], batch: int, device: torch.device):
         self.count, self.length, self.batch = hidden.shape[0], hidden.shape[1], batch
-        self.hidden = {reading: hidden.clone() for reading in readings}
+        every = list(readings)
+        place = resting_place(hidden.numel() * 4 * len(every), device)
+        self.hidden = {reading: hidden.to(place, copy=True) for reading in every}
 
     def parts(self) -> Iterator[slice]:
         """Batches of sequences."""
@@ -102,8 +112,16 @@ class Streams:
         return own, mixed, torch.cat(sample)[:ROUTER_TOKENS]
 
     @torch.no_grad()
+    def ahead(self, stage: Stage, reading: Reading) -> Float[Tensor, "S L D"]:
+        """One stream behind the block in work, where the stream rests; the stream itself stays."""
+        hidden = self.hidden[reading]
+        made = torch.empty_like(hidden)
+        for part in self.parts():
+            made[part] = stage.run(reading, hidden[part])
+        return made
+
+    @torch.no_grad()
     def advance(self, stage: Stage) -> None:
         """Move all streams behind the block in work."""
-        for reading, hidden in self.hidden.items():
-            for part in self.parts():
-                hidden[part] = stage.run(reading, hidden[part]).cpu()
+        for reading in self.hidden:
+            self.hidden[reading] = self.ahead(stage, reading)
