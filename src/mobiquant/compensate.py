@@ -19,6 +19,7 @@ the columns of a block are one launch (`kernels/descent.py`).
 """
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from jaxtyping import Float, Float16, Int, UInt8
@@ -135,7 +136,8 @@ class _Work:
         self.chosen = code.T.contiguous()  # [K, N]
         self.gradient = self.hessian @ grid.read(code).mT - problem.cross.mT  # [E, K, N]
         self.fused = None
-        if code.is_cuda:
+        # builds of torch without Triton (Windows) take the slow path
+        if code.is_cuda and find_spec("triton") is not None:
             from mobiquant.kernels import descent
 
             self.fused, self.hessian, self.gradient = descent.block, self.hessian.contiguous(), self.gradient.contiguous()

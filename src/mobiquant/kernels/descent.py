@@ -38,14 +38,13 @@ def _choose(
             cost += fine * outside * outside
         code = tl.where(cost < best, c, code)
         best = tl.minimum(best, cost)
-    for d in tl.static_range(COARSE, E):
+    for d in tl.static_range(COARSE, E):  # pyright: ignore[reportGeneralTypeIssues] -- unrolled by the compiler
         tail = tl.load(tails + (d - COARSE) * E + e, mask=real, other=0.0)
         middle = tl.sum(tail * target, axis=0)[None, :]
-        bits: tl.constexpr = WIDTHS[d] - (WIDTHS[d - 1])
-        first = code << bits
+        first = code << (WIDTHS[d] - WIDTHS[d - 1])
         # bounded before the cast, which is undefined beyond int32
         near = tl.minimum(tl.maximum(tl.floor(middle * 2.0 ** (WIDTHS[d] - BASE)), -1.0), 256.0).to(tl.int32)
-        code = tl.minimum(tl.maximum(near, first), first + (2**bits - 1))
+        code = tl.minimum(tl.maximum(near, first), first + 2 ** (WIDTHS[d] - WIDTHS[d - 1]) - 1)
     return code
 
 
@@ -62,7 +61,7 @@ def _block(
     k = tl.arange(0, B)[None, :, None]  # [1, B, 1]
     depth, real, inside = e[:, :, None], e < E, row < N
     width = tl.full([EP, 1], TOTAL, tl.int32)
-    for d in tl.static_range(E):
+    for d in tl.static_range(E):  # pyright: ignore[reportGeneralTypeIssues]
         width = tl.where(e == d, WIDTHS[d], width)
     cell = tl.exp2((BASE - width).to(tl.float32))
     # 64-bit: E K N passes 2^31 in large layers
