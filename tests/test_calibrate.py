@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from helpers import normal
+from helpers import normal, snr_db
 from safetensors.torch import load_file, save_file
 
 import mobiquant
@@ -73,21 +73,34 @@ def test_regressed_routers_beat_a_constant_on_tokens_they_have_not_seen():
     reads = torch.stack([s.dequantize(code, scale, zero, form.slices, form.group_size, e) for e in range(1, 6)])
     # few directions carry most energy, as in real activations
     x = normal(2000, 4, seed=2) * torch.tensor([6.0, 3.0, 2.0, 1.0]) @ normal(4, 32, seed=3) + normal(2000, 32, seed=4) * 0.3
-    target = routers.targets(x, weight, reads, form.slices)
+    target = routers.targets(x, weight, reads)
     fitted = routers.fit(x[:1500], target[:1500], form)
     assert routers.explained(router.scores(x[1500:], fitted), target[1500:]) > 0.5
     constant = target[:1500].mean(0).expand(500, -1)
     assert routers.explained(constant, target[1500:]) < 0.05
 
 
-def test_gains_fall_from_slice_to_slice():
+def test_scores_of_slices_lie_apart_and_those_of_tokens_around_them():
     form = Format(group_size=16)
     weight = normal(8, 16, seed=1)
     scale, zero = clip.min_max(weight, form.slices, form.group_size)
     code = s.encode(weight, scale, zero, form.slices, form.group_size)
     reads = torch.stack([s.dequantize(code, scale, zero, form.slices, form.group_size, e) for e in range(1, 6)])
-    target = routers.targets(normal(64, 16, seed=2), weight, reads, form.slices)
+    target = routers.targets(normal(64, 16, seed=2), weight, reads)
     assert (target[:, 1:] <= target[:, :-1]).all() and target.std(0).min() > 0.1
+    # the same for every layer, however loud it is
+    assert torch.allclose(target.mean(0), -routers.GAP * torch.arange(4), atol=0.05)
+    assert torch.allclose(routers.targets(3 * normal(64, 16, seed=2), 5 * weight, 5 * reads), target, atol=1e-3)
+
+
+def test_at_the_widths_of_the_format_routing_is_reading_that_width(llama):
+    made, ids = llama
+    for bits in (3, 6):
+        with mobiquant.precision(made, bits):
+            routed = tiny.logits(made, ids)
+        with mobiquant.precision(made, bits, routed=False):
+            plain = tiny.logits(made, ids)
+        assert snr_db(plain, routed) > 20
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def test_the_module_is_the_command(tmp_path):
 
 
 BAD_SETTINGS = {
-    "recipe": (("--recipe", "slow"), ("slow", "fast or paper")),
+    "recipe": (("--recipe", "slow"), ("slow", "fast, paper or full")),
     "sum of slices": (("--slices", "2,2,2,4"), ("2,2,2,4", "8 or less")),
     "letters as slices": (("--slices", "a,b"), ("a,b", "whole numbers")),
     "slice of no bits": (("--slices", "0,2"), ("0,2", "positive")),

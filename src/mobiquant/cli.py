@@ -82,6 +82,16 @@ def numbers(text: str) -> list[float]:
         raise InputError(f"'{text}' is no list of bits: give numbers with commas, such as 2,2.5,3,4,8") from None
 
 
+def widths(text: str) -> tuple[int, ...]:
+    """'2,1,1' -> (2, 1, 1); raises InputError on anything else."""
+    from mobiquant.config import InputError
+
+    try:
+        return tuple(int(width) for width in text.split(","))
+    except ValueError:
+        raise InputError(f"slices '{text}' are no list of widths: give whole numbers with commas, such as 2,1,1,2,2") from None
+
+
 def show(values: dict[str, Any], as_json: bool) -> None:
     """A dictionary as JSON or as lines."""
     if as_json:
@@ -110,7 +120,7 @@ def show_rows(rows: list[dict[str, Any]], as_json: bool, **more: Any) -> None:
 def quantize(
     model: Annotated[str, typer.Argument(help=MODEL)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
-    recipe: Annotated[str, typer.Option(help="fast (closed form) or paper (trained).")] = "fast",
+    recipe: Annotated[str, typer.Option(help="fast (closed form), full (fast, then trained) or paper (the paper's).")] = "fast",
     calibration: Annotated[str, typer.Option(help=TEXT)] = "builtin",
     samples: Annotated[int | None, typer.Option(help="Calibration windows [fast: 8 on a CPU, else 128; paper: 128].")] = None,
     sequence_length: Annotated[
@@ -122,6 +132,11 @@ def quantize(
     epochs: Annotated[int, typer.Option(help="Passes over the samples in each stage of the paper recipe.")] = 20,
     target_bits: Annotated[float, typer.Option(help="Average bits that the paper recipe trains its routers for.")] = 3.0,
     sweeps: Annotated[int, typer.Option(help="Coordinate-descent passes of the fast recipe.")] = 1,
+    block_steps: Annotated[int, typer.Option(help="Full recipe: steps for each block, 0 to leave it out.")] = 200,
+    distill_steps: Annotated[int, typer.Option(help="Full recipe: steps end to end, 0 to leave it out.")] = 1000,
+    budget_minutes: Annotated[float | None, typer.Option(help="Full recipe: bound on the whole; takes fewer steps.")] = None,
+    work_dir: Annotated[Path | None, typer.Option(help="Full recipe: folder to keep what is done in.")] = None,
+    resume: Annotated[bool, typer.Option(help="Full recipe: go on with the run in --work-dir.")] = False,
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Seed of sampling and training.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace a folder that is not empty.")] = False,
@@ -132,33 +147,32 @@ def quantize(
 
     Example: mobiquant quantize smollm2-135m --output smollm2-mobi --group-size 64
     """
-    from mobiquant.config import Calibration, Format, InputError
+    from mobiquant.config import Calibration, Format, InputError, Training
 
-    try:
-        widths = tuple(int(width) for width in slices.split(","))
-    except ValueError:
-        raise InputError(
-            f"slices '{slices}' are no list of widths: give whole numbers with commas, such as 2,1,1,2,2"
-        ) from None
-    form = Format(slices=widths, group_size=group_size, routers=routers)  # type: ignore[arg-type]
+    form = Format(slices=widths(slices), group_size=group_size, routers=routers)  # type: ignore[arg-type]
     settings: dict[str, Any] = {
         "samples": samples, "sequence_length": sequence_length, "seed": seed,
         "epochs": epochs, "target_bits": target_bits, "sweeps": sweeps,
     }  # fmt: skip
     chosen = Calibration(recipe=recipe, text=calibration, **settings)
     form.check_bits(target_bits) if recipe == "paper" else None
+    if recipe != "full" and (work_dir or resume or budget_minutes):
+        raise InputError(f"recipe {recipe} keeps no work: --work-dir, --resume and --budget-minutes need --recipe full")
+    trained = Training(block_steps=block_steps, distill_steps=distill_steps, budget_minutes=budget_minutes)
+    how = trained if recipe == "full" else None
     from mobiquant import calibrate, checkpoint, estimate
 
     checkpoint.check_output(output, overwrite)
     target = calibrate.pick_device(device)
     quiet()
     if dry_run:
-        show(estimate.estimate(model, form, chosen.resolved(form.slices, target.type == "cpu"), target), as_json)
+        show(estimate.estimate(model, form, chosen.resolved(form.slices, target.type == "cpu"), target, how), as_json)
         return
     with bars(err, lines=True) as report:
         made = calibrate.quantize(
-            model, calibration=calibration, recipe=recipe, format=form, device=device, progress=report, **settings
-        )
+            model, calibration=calibration, recipe=recipe, format=form, device=device, progress=report,
+            training=how, work_dir=work_dir, resume=resume, **settings,
+        )  # fmt: skip
         made.save_pretrained(output, overwrite=overwrite)  # type: ignore[call-arg]
     show({"output": str(output), **estimate.describe(output)}, as_json)
 

@@ -11,7 +11,7 @@ from mobiquant import slices as s
 
 QUANT_METHOD = "mobiquant"
 FORMAT_VERSION = 1
-RECIPES = ("fast", "paper")
+RECIPES = ("fast", "paper", "full")
 
 
 class InputError(ValueError):
@@ -98,7 +98,7 @@ class Calibration:
 
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES:
-            raise InputError(f"recipe '{self.recipe}' is unknown: choose {' or '.join(RECIPES)}")
+            raise InputError(f"recipe '{self.recipe}' is unknown: choose {', '.join(RECIPES[:-1])} or {RECIPES[-1]}")
         for name, least in (("samples", 1), ("sequence_length", 8), ("batch", 1), ("sweeps", 0), ("epochs", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -106,7 +106,7 @@ class Calibration:
 
     def resolved(self, slices: tuple[int, ...], on_cpu: bool) -> "Calibration":
         """With every default filled in: fewer tokens for the fast recipe on a CPU, where a user waits for them."""
-        samples, length = (128, 2048) if self.recipe == "paper" else (8, 512) if on_cpu else (128, 1024)
+        samples, length = (128, 2048) if self.recipe in ("paper", "full") else (8, 512) if on_cpu else (128, 1024)
         return replace(
             self,
             samples=self.samples or samples,
@@ -118,6 +118,33 @@ class Calibration:
 def default_depth_weights(slices: tuple[int, ...]) -> tuple[float, ...]:
     """Weights `lam_e` of the depths in every sum over depths: tripled with each bit up to 5 bits, constant beyond."""
     return tuple(float(3 ** (min(max(width, 2), 5) - 2)) for width in s.bounds(slices))
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the full recipe trains; a stage with no steps is left out.
+
+    Rates are those of AdamW: of weights and scales in their own units, of zero points in base steps. `budget_minutes` bounds
+    the whole recipe by giving its stages fewer steps.
+    """
+
+    block_steps: int = 200
+    block_batch: int = 8
+    distill_steps: int = 1000
+    distill_batch: int = 4
+    depths_per_step: int = 2
+    weight_rate: float = 5e-5
+    scale_rate: float = 3e-5
+    zero_rate: float = 1e-3
+    budget_minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        least = {"block_steps": 0, "distill_steps": 0, "block_batch": 1, "distill_batch": 1, "depths_per_step": 1}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise InputError(f"{name.replace('_', ' ')} of {getattr(self, name)} is not usable: give {value} or more")
+        if self.budget_minutes is not None and self.budget_minutes <= 0:
+            raise InputError(f"a budget of {self.budget_minutes:g} minutes leaves no time: give more than 0")
 
 
 @dataclass(frozen=True)

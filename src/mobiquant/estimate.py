@@ -16,8 +16,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mobiquant import blocks, calibrate, checkpoint, integration
-from mobiquant.calibrate import thresholds
-from mobiquant.config import Calibration, Checkpoint, Format, InputError
+from mobiquant.calibrate import distill, thresholds
+from mobiquant.config import Calibration, Checkpoint, Format, InputError, Training
 
 GB = 1e9
 
@@ -73,8 +73,10 @@ def describe(folder: Path) -> dict[str, Any]:
     }
 
 
-def estimate(model: str, form: Format, settings: Calibration, device: torch.device) -> dict[str, Any]:
-    """What `quantize` would make and take, for `--dry-run`; `settings` are resolved ones."""
+def estimate(
+    model: str, form: Format, settings: Calibration, device: torch.device, training: Training | None = None
+) -> dict[str, Any]:
+    """What `quantize` would make and take, for `--dry-run`; `settings` are resolved, `training` is that of the full recipe."""
     config, is_gguf = integration.load_config(model)
     dtype = torch.bfloat16 if is_gguf else config.dtype or torch.float32
     skeleton = _skeleton(config)
@@ -85,6 +87,8 @@ def estimate(model: str, form: Format, settings: Calibration, device: torch.devi
     inputs = [tuple(f"{root}.{i}.{name}" for name in names) for i in range(len(stack)) for names in groups]
     layers = [(name, *blocks.weight_of(layer).shape) for name, layer in blocks.linears(stack).items()]
     work = _work(skeleton, stack, groups, form, settings)
+    if training is not None:
+        _add_training(work, parameters, settings, training)
     checkpoint.build_layers(skeleton, Checkpoint(form, tuple(inputs)))
     sizes = _sizes(skeleton, form, dtype)
     loading = parameters * ((4 + dtype.itemsize) if is_gguf else dtype.itemsize)
@@ -122,11 +126,11 @@ def _work(
 ) -> dict[str, float]:
     """Bytes of streams and of one block in work; products in FLOP, columns, and rows times columns over all blocks."""
     tokens = (settings.samples or 0) * (settings.sequence_length or 0)
-    streams = len({"fast": calibrate.fast, "paper": calibrate.paper}[settings.recipe].readings(form))
+    streams = len({"fast": calibrate.fast, "paper": calibrate.paper, "full": calibrate.nested}[settings.recipe].readings(form))
     width = skeleton.get_input_embeddings().weight.shape[1]  # type: ignore[operator, union-attr]
     block = blocks.linears(stack[0])
     flop = largest = columns = 0.0
-    passes = streams * 2.4 if settings.recipe == "fast" else 8.0 * settings.epochs
+    passes = 8.0 * settings.epochs if settings.recipe == "paper" else streams * 2.4
     for names in groups:
         shapes = [blocks.weight_of(block[name]).shape for name in names]
         rows, k = sum(shape[0] for shape in shapes), shapes[0][1]
@@ -144,6 +148,18 @@ def _work(
         "columns": len(stack) * columns * settings.sweeps,
         "weights": len(stack) * weights,
     }
+
+
+def _add_training(work: dict[str, float], parameters: int, settings: Calibration, training: Training) -> None:
+    """Add what the full recipe takes: three products forward and backward for each depth, one for the float model."""
+    length = settings.sequence_length or 0
+    tokens = training.block_steps * training.block_batch * length
+    work["flop"] += 6 * tokens * work["weights"]
+    tokens = training.distill_steps * training.distill_batch * length
+    work["flop"] += 2 * tokens * parameters * (3 * training.depths_per_step + 1)
+    if training.distill_steps:
+        # three copies of the model besides: the float one, its logits' student, and gradients with moments
+        work["block"] = max(work["block"], work["weights"] * distill.BYTES_PER_WEIGHT + 8.0 * parameters)
 
 
 def _seconds(work: dict[str, float], device: torch.device) -> float:

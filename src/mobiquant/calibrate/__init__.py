@@ -1,8 +1,11 @@
-"""From a float model to a quantised one: the block loop that both recipes share, and `quantize`, the public call."""
+"""From a float model to a quantised one: the block loop that closed recipes share, and `quantize`, the public call."""
 
 import platform
+import time
 import zlib
 from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,11 +15,12 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mobiquant import blocks, data, integration, quantizer
-from mobiquant.calibrate import fast, paper
+from mobiquant import blocks, budget, data, integration, quantizer
+from mobiquant.calibrate import fast, full, nested, paper, work
 from mobiquant.calibrate.streams import Stage, Streams
 from mobiquant.calibrate.thresholds import Measured
-from mobiquant.config import Calibration, Checkpoint, Format, InputError
+from mobiquant.calibrate.work import Work
+from mobiquant.config import Calibration, Checkpoint, Format, InputError, Training
 from mobiquant.linear import Precision
 from mobiquant.progress import Report, bars
 
@@ -29,6 +33,9 @@ def quantize(
     tokenizer: Any = None,
     format: Format | None = None,
     device: str | torch.device = "auto",
+    training: Training | None = None,
+    work_dir: str | Path | None = None,
+    resume: bool = False,
     progress: Report | None = None,
     **settings: Any,
 ) -> PreTrainedModel:
@@ -37,9 +44,13 @@ def quantize(
     `model` is a hub id, a folder, a `.gguf` file, `smollm2-135m`, or a loaded model (changed in place; then give its
     `tokenizer`). `calibration` names a text (`data.py`), `format` how weights are stored, `settings` are the fields of
     `config.Calibration` such as `samples`, `sequence_length` and `seed`; `progress` is called
-    with the stage, steps done and steps in all, by default for bars on a terminal. Returns the model on the CPU at full
-    precision; its `save_pretrained` writes the checkpoint. Raises InputError on bad input.
+    with the stage, steps done and steps in all, by default for bars on a terminal. `training`, `work_dir` and `resume` are for
+    the full recipe: how it trains, where it keeps what is done, and whether to go on with what a killed run has kept there.
+    Returns the model on the CPU at full precision; its `save_pretrained` writes the checkpoint. Raises InputError on bad input.
     """
+    started = time.monotonic()
+    if recipe != "full" and (training or work_dir or resume):
+        raise InputError(f"recipe '{recipe}' has no training to keep or go on with: use recipe full")
     form, target = format or Format(), pick_device(device)
     chosen = Calibration(recipe=recipe, text=calibration, **settings).resolved(form.slices, target.type == "cpu")
     text = data.load_text(calibration, "calibrate")
@@ -53,9 +64,50 @@ def quantize(
     every = data.windows(text, tokenizer, chosen.sequence_length or 0, calibration)
     tokens = data.sample(every, chosen.samples or 0, chosen.seed)
     with nullcontext(progress) if progress else bars() as report:
-        stored, log = run(loaded, tokens, form, chosen, target, report)
+        if recipe != "full":
+            stored, log = run(loaded, tokens, form, chosen, target, report)
+        else:
+            how = training or Training()
+            plan = {"model": work.digest(loaded.state_dict()), "text": work.digest({"": every}), "format": asdict(form)}
+            # the text counts by its tokens, wherever its file lies
+            plan |= {"settings": _kept(chosen) | {"text": ""}, "training": asdict(how), "versions": versions()}
+            kept = Work(None if work_dir is None else Path(work_dir), plan, resume)
+            stored, log = _run_full(loaded, every, tokens, form, chosen, how, target, kept, started, tokenizer, report)
     quantizer.make_quantized(loaded, stored, tokenizer, log)
     return loaded
+
+
+def _run_full(
+    model: PreTrainedModel,
+    every: Int[Tensor, "W L"],
+    tokens: Int[Tensor, "S L"],
+    form: Format,
+    settings: Calibration,
+    training: Training,
+    device: torch.device,
+    work: Work,
+    started: float,
+    tokenizer: Any,
+    progress: Report,
+) -> tuple[Checkpoint, list[dict[str, Any]]]:
+    """`fast`, or what a killed run has kept of it, then training; the layers of `model` are replaced."""
+    original = deepcopy(model)
+    start = None if work.folder is None else work.folder / "fast"
+    if start is not None and start.is_dir():
+        known = integration.load(start)
+        for name, layer in Stage.mobilinears(known).items():
+            blocks.replace(model, name, layer)
+        stored, log = budget.checkpoint_of(known), []
+    else:
+        stored, log = run(model, tokens, form, replace(settings, recipe="fast"), device, progress)
+        stored = replace(stored, calibration=provenance(model, tokens, settings) | {"training": asdict(training)})
+        if start is not None:
+            copied = deepcopy(model)
+            quantizer.make_quantized(copied, stored, tokenizer, log)
+            copied.save_pretrained(start)
+    stored, more = full.train(model, original, every, tokens, stored, settings, training, device, work, started, progress)
+    _wire(model, Precision(form.widths))
+    return stored, log + more
 
 
 def pick_device(device: str | torch.device) -> torch.device:
@@ -122,7 +174,7 @@ def _keep(stage: Stage, block: torch.nn.Module) -> None:
         blocks.replace(block, name, layer.cpu())
 
 
-def _wire(stack: torch.nn.ModuleList, precision: Precision) -> None:
+def _wire(stack: torch.nn.Module, precision: Precision) -> None:
     """Give all quantised layers the one precision of the model, at full depth, with its counters at zero."""
     precision.set([float("-inf")], [len(precision.widths)])
     precision.depth_shares(reset=True)
@@ -144,10 +196,15 @@ def left_out(model: torch.nn.Module, root: str) -> dict[str, str]:
 
 def provenance(model: PreTrainedModel, tokens: Tensor, settings: Calibration) -> dict[str, Any]:
     """What the checkpoint was made from and how."""
-    kept = {name: value for name, value in vars(settings).items() if name != "batch"}
+    kept = _kept(settings)
     text = settings.text if settings.text in ("builtin", "wikitext2", "c4", "ptb") else Path(settings.text).name
     digest = f"{zlib.crc32(tokens.contiguous().numpy()):08x}"
     return {**kept, "text": text, "model": Path(model.name_or_path).name, "tokens": tokens.numel(), "tokens_crc32": digest}
+
+
+def _kept(settings: Calibration) -> dict[str, Any]:
+    """The settings that decide what is made; the batch is a matter of memory."""
+    return {name: value for name, value in vars(settings).items() if name != "batch"}
 
 
 def versions() -> dict[str, str]:

@@ -60,15 +60,7 @@ def quantize_block(
         weights = [blocks.weight_of(stage.teacher.get_submodule(name)) for name in names]
         grid, code = solve(torch.cat(weights), own, mixed, form, settings)
         layers = install(stage, names, grid, code, form)
-        weight, reads = torch.cat(weights), grid.read(code)
-        if form.routers == "per-input":
-            fitted.append(_route(names, layers[:1], sample, weight, reads, form))
-            continue
-        start = 0
-        for name, layer in zip(names, layers, strict=True):
-            rows = slice(start, start + layer.out_features)
-            fitted.append(_route([name], [layer], sample, weight[rows], reads[:, rows], form))
-            start = rows.stop
+        fitted += fit_routers(names, layers, sample, torch.cat(weights), grid.read(code), form)
     log = [{"input": one.names[0], "router_explains": round(one.explains, 4)} for one in fitted]
     return fitted, log
 
@@ -118,10 +110,30 @@ def install(stage: Stage, names: list[str], grid: compensate.Grid, code: Tensor,
     return layers
 
 
-def _route(names: list[str], owner: list[MobiLinear], sample: Tensor, weight: Tensor, reads: Tensor, form: Format) -> Fitted:
-    target = routers.targets(sample, weight, reads, form.slices)
+def fit_routers(
+    names: list[str],
+    layers: list[MobiLinear],
+    sample: Float[Tensor, "T K"],
+    weight: Float[Tensor, "N K"],
+    reads: Float[Tensor, "E N K"],
+    form: Format,
+) -> list[Fitted]:
+    """Fit the routers of the layers of one input, whose rows lie one after another in `weight` and `reads`."""
+    if form.routers == "per-input":
+        return [_route(names, layers[0], sample, weight, reads, form)]
+    fitted: list[Fitted] = []
+    start = 0
+    for name, layer in zip(names, layers, strict=True):
+        rows = slice(start, start + layer.out_features)
+        fitted.append(_route([name], layer, sample, weight[rows], reads[:, rows], form))
+        start = rows.stop
+    return fitted
+
+
+def _route(names: list[str], owner: MobiLinear, sample: Tensor, weight: Tensor, reads: Tensor, form: Format) -> Fitted:
+    target = routers.targets(sample, weight, reads)
     fitted = routers.fit(sample, target, form)
-    owner[0].set_router(fitted)
+    owner.set_router(fitted)
     with torch.no_grad():
         scores = router.scores(sample, fitted)
         return Fitted(tuple(names), weight.numel(), scores.cpu(), routers.explained(scores, target))

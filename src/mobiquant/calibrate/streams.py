@@ -98,18 +98,35 @@ class Streams:
         own: dict[Reading, Tensor] = {}
         mixed: dict[Reading, Tensor] = {}
         sample: list[Tensor] = []
-        tokens, readings = self.count * self.length, list(self.hidden)
+        tokens = self.count * self.length
         for number, part in enumerate(self.parts()):
             x = stage.inputs(FLOAT, self.hidden[FLOAT][part], name)
-            for reading in readings:
+            for reading in self.hidden:
                 x_e = x if reading is FLOAT else stage.inputs(reading, self.hidden[reading][part], name)
                 own[reading] = own.get(reading, 0) + x_e.T @ x_e / tokens
                 if reading is not FLOAT:
                     mixed[reading] = mixed.get(reading, 0) + x.T @ x_e / tokens
-                if reading is readings[number % len(readings)]:
-                    wanted = -(-ROUTER_TOKENS * x_e.shape[0] // tokens)
-                    sample.append(x_e[:: max(x_e.shape[0] // wanted, 1)])
+                if reading is self._turn(number):
+                    sample.append(self._thinned(x_e))
         return own, mixed, torch.cat(sample)[:ROUTER_TOKENS]
+
+    @torch.no_grad()
+    def sample(self, stage: Stage, name: str) -> Float[Tensor, "T K"]:
+        """The sample of `moments` alone."""
+        found: list[Tensor] = []
+        for number, part in enumerate(self.parts()):
+            reading = self._turn(number)
+            found.append(self._thinned(stage.inputs(reading, self.hidden[reading][part], name)))
+        return torch.cat(found)[:ROUTER_TOKENS]
+
+    def _turn(self, number: int) -> Reading:
+        """The stream that batch `number` is sampled from."""
+        return list(self.hidden)[number % len(self.hidden)]
+
+    def _thinned(self, x: Float[Tensor, "T K"]) -> Float[Tensor, "T1 K"]:
+        """As many inputs of a batch as make up `ROUTER_TOKENS` over all batches."""
+        wanted = -(-ROUTER_TOKENS * x.shape[0] // (self.count * self.length))
+        return x[:: max(x.shape[0] // wanted, 1)]
 
     @torch.no_grad()
     def ahead(self, stage: Stage, reading: Reading) -> Float[Tensor, "S L D"]:

@@ -1,0 +1,143 @@
+"""End-to-end training of all layers against the float model: KL of the next-token distribution, a few depths drawn each step.
+
+What: `mean_t KL(float || student read at depth e)`, summed over the depths of the step. The 2-bit base is drawn most often;
+every step draws different depths, since they share one code and pull at it together.
+
+Where the trainable state (weights, gradients, two moments) does not fit, only scales and zero points are trained, with blocks
+recomputed in the backward pass; the log and a notice say so.
+"""
+
+import sys
+from contextlib import nullcontext
+from typing import Any
+
+import psutil
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.nn.functional import kl_div
+from torch.utils.checkpoint import checkpoint as recompute
+
+from mobiquant.calibrate.latent import Depth, LatentLinear, load_tensors, tensors
+from mobiquant.calibrate.nested import Draws, generator_for, optimizer_for, set_rate
+from mobiquant.calibrate.work import Work
+from mobiquant.config import Format, Training
+from mobiquant.progress import Report
+
+NAME = "distillation"
+SAVE_EVERY = 50
+# fp32 weight, gradient and two moments, and what reading it makes on the way
+BYTES_PER_WEIGHT = 24
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had on a device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def fits(weights: int, device: torch.device) -> bool:
+    """Whether all weights can be trained at once with a quarter of the free memory left for activations."""
+    return weights * BYTES_PER_WEIGHT < 0.75 * free_memory(device)
+
+
+def recompute_blocks(stack: nn.ModuleList) -> None:
+    """Keep no activations inside blocks: the backward pass makes them again."""
+    for block in stack:
+        forward = block.forward
+        block.forward = lambda *args, _forward=forward, **kwargs: recompute(_forward, *args, use_reentrant=False, **kwargs)
+
+
+def keep_blocks(stack: nn.ModuleList) -> None:
+    """Undo `recompute_blocks`."""
+    for block in stack:
+        block.__dict__.pop("forward", None)
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module,
+    latents: dict[str, LatentLinear],
+    depth: Depth,
+    windows: Int[Tensor, "S L"],
+    form: Format,
+    training: Training,
+    seed: int,
+    work: Work,
+    weights: bool,
+    progress: Report,
+) -> list[dict[str, Any]]:
+    """Train the latents of `student`, both models on one device; returns the losses of each save. Goes on from `work`."""
+    device, draws, steps = windows.device, Draws.of(form.widths), training.distill_steps
+    for latent in latents.values():
+        latent.weight.requires_grad_(weights)
+    optimizer = optimizer_for(latents, training, weights)
+    first, log = _resume(work, latents, optimizer)
+    sums: dict[int, list[float]] = {}
+    for step in range(first, steps):
+        generator = generator_for(seed, "distillation", 0, step)
+        picked = draws.pick(generator, min(training.depths_per_step, len(form.widths)))
+        batch = torch.randperm(windows.shape[0], generator=generator)[: training.distill_batch]
+        tokens = windows[batch.to(device)]
+        for one, loss in zip(picked, _step(student, teacher, tokens, depth, picked), strict=True):
+            sums.setdefault(one, []).append(loss)
+        torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+        set_rate(optimizer, step, steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+            means = {str(form.widths[d - 1]): round(sum(v) / len(v), 5) for d, v in sorted(sums.items())}
+            log.append({"step": step + 1, "kl": means, "weights": weights})
+            sums.clear()
+            work.save(NAME, {**tensors(latents), **_moments(optimizer)}, {"step": step + 1, "log": log})
+        progress("training end to end", step + 1, steps)
+    return log
+
+
+def _step(student: nn.Module, teacher: nn.Module, tokens: Int[Tensor, "S L"], depth: Depth, picked: list[int]) -> list[float]:
+    """Add the gradients of one batch at the depths drawn; returns the divergence in nats a token at each."""
+    lower = torch.autocast("cuda", torch.bfloat16) if tokens.is_cuda else nullcontext()
+    losses: list[float] = []
+    with torch.no_grad(), lower:
+        wanted = teacher(tokens, use_cache=False).logits.float().log_softmax(-1).flatten(0, 1)
+    for one in picked:
+        depth.value = one
+        with torch.enable_grad():
+            with lower:
+                logits = student(tokens, use_cache=False).logits
+            made = logits.float().log_softmax(-1).flatten(0, 1)
+            loss = kl_div(made, wanted, reduction="batchmean", log_target=True)
+            (loss / len(picked)).backward()
+        losses.append(loss.item())
+    return losses
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """State of AdamW as named tensors."""
+    state = optimizer.state_dict()["state"]
+    return {f"adam.{i}.{key}": value.detach().cpu() for i, entry in state.items() for key, value in entry.items()}
+
+
+def _resume(work: Work, latents: dict[str, LatentLinear], optimizer: torch.optim.Optimizer) -> tuple[int, list[dict[str, Any]]]:
+    """Steps done and the log so far; latents and moments are set to what was kept."""
+    kept = work.load(NAME)
+    if kept is None:
+        return 0, []
+    values, note = kept
+    load_tensors(latents, values)
+    state = optimizer.state_dict()
+    for key, value in values.items():
+        if key.startswith("adam."):
+            _, index, name = key.split(".")
+            state["state"].setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict(state)
+    return note["step"], note["log"]
+
+
+def notice_of_fallback(weights: int, device: torch.device) -> None:
+    """Say that weights stay as they are, and why."""
+    need, have = weights * BYTES_PER_WEIGHT / 1e9, free_memory(device) / 1e9
+    print(
+        f"mobiquant: training all weights end to end needs {need:.1f} GB and {have:.1f} GB are free: "
+        "scales and zero points alone are trained, with blocks recomputed",
+        file=sys.stderr,
+    )

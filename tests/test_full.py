@@ -1,0 +1,253 @@
+"""The full recipe: latents that are what is stored, training that helps, and runs that go on where they were killed."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from helpers import normal
+from typer.testing import CliRunner
+
+import mobiquant
+from mobiquant import InputError, blocks, data
+from mobiquant import slices as s
+from mobiquant.budget import checkpoint_of
+from mobiquant.calibrate import distill, latent, nested, work
+from mobiquant.calibrate.streams import FLOAT, Streams, fixed
+from mobiquant.cli import app
+from mobiquant.config import Format, Training
+from mobiquant.linear import MobiLinear
+
+FORM = Format(group_size=32)
+SHORT = Training(block_steps=6, block_batch=2, distill_steps=8, distill_batch=2, weight_rate=2e-3, scale_rate=1e-4)
+LISTS = [(2, 1, 1, 2, 2), (2, 2, 2, 2), (4, 4), (7, 1)]
+
+
+def mobilinear(slices=(2, 1, 1, 2, 2), rows=12, columns=40, group=16):
+    form = Format(slices=slices, group_size=group)
+    layer = MobiLinear(columns, rows, form, owns_router=False)
+    code = torch.randint(0, 2 ** sum(slices), (rows, columns), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    groups = s.groups(columns, group)
+    zero = torch.randint(0, 256, (rows, groups), generator=torch.Generator().manual_seed(2)).to(torch.uint8)
+    layer.set_weight(code, (normal(rows, groups).abs() + 0.01).half(), zero, None)
+    return layer
+
+
+def folder_bytes(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def full(folder, training=SHORT, **settings):
+    return tiny.quantize(folder, format=FORM, recipe="full", training=training, **settings)
+
+
+@pytest.mark.parametrize("slices", LISTS)
+def test_a_latent_starts_as_the_layer_it_came_from_and_stores_as_it_reads(slices):
+    layer, again = mobilinear(slices), mobilinear(slices)
+    made = latent.LatentLinear(layer, latent.Depth(1))
+    again.set_weight(torch.zeros(12, 40, dtype=torch.uint8), layer.scale, layer.zero, None)
+    made.store(again)
+    assert all(torch.equal(a, b) for a, b in zip(layer.buffers(), again.buffers(), strict=True))
+    # after a change too, what is read in training is what is stored
+    with torch.no_grad():
+        made.weight += 0.05 * normal(12, 40, seed=3)
+        made.scale *= 1.013
+        made.zero += 0.111
+    made.store(again)
+    for depth in range(1, len(slices) + 1):
+        made.depth.value = depth
+        assert torch.allclose(made(torch.eye(40)).T, again.packed().read(depth), atol=1e-6)
+
+
+def test_gradients_pass_inside_the_range_and_stop_outside():
+    layer = mobilinear()
+    made = latent.LatentLinear(layer, latent.Depth(1))
+    with torch.no_grad():
+        made.weight[0, 0] = 100.0
+    made(torch.eye(40)).sum().backward()
+    assert made.weight.grad[0, 0] == 0
+    assert torch.equal(made.weight.grad.flatten()[1:], torch.ones(12 * 40 - 1))
+    assert made.scale.grad.abs().sum() > 0 and made.zero.grad[0, 0] != 0
+
+
+def test_draws_are_the_same_for_a_step_and_cover_all_depths():
+    draws = nested.Draws.of(FORM.widths)
+    picked = [draws.pick(nested.generator_for(0, "blocks", 3, step)) for step in range(300)]
+    assert picked == [draws.pick(nested.generator_for(0, "blocks", 3, step)) for step in range(300)]
+    counts = [picked.count([depth]) for depth in range(1, 6)]
+    assert counts[0] == max(counts) and min(counts) > 0
+    assert sorted(draws.pick(nested.generator_for(0, "distillation", 0), 5)) == [1, 2, 3, 4, 5]
+    places = {nested.generator_for(seed, "blocks", place, step).initial_seed()
+              for seed in (0, 1) for place in (0, 1) for step in (0, 1)}  # fmt: skip
+    assert len(places) == 8
+
+
+def test_one_loud_token_does_not_own_the_block_loss():
+    wanted = normal(1, 64, 16)
+    made = wanted + 0.1 * normal(1, 64, 16, seed=1)
+    quiet = nested.relative_error(made, wanted)
+    wanted[0, 0] *= 1000
+    loud = wanted.clone()
+    loud[0, 1:] = made[0, 1:]
+    loud[0, 0] *= 1.01
+    assert nested.relative_error(loud, wanted) < quiet
+
+
+def test_block_training_lowers_the_error_of_the_block(tmp_path):
+    original = tiny.model()
+    made = tiny.quantize(tmp_path, tiny.model(), format=FORM)
+    root, originals = blocks.find_blocks(original)
+    stack = made.get_submodule(root)
+    hidden, calls = blocks.capture(original, tiny.tokens(8, 16), torch.device("cpu"), 4)
+    streams = Streams(hidden, nested.readings(FORM), 4, torch.device("cpu"))
+    stage = nested.NestedStage(originals[0], stack[0], 0, calls, torch.device("cpu"))
+
+    def errors():
+        wanted = streams.ahead(stage, FLOAT)
+        return [float(nested.relative_error(stage.run(fixed(d), hidden), wanted)) for d in (1, 2, 3)]
+
+    with torch.no_grad():
+        before = errors()
+        log = nested.train_block(stage, streams, FORM, replace(SHORT, block_steps=60), 0)
+        after = errors()
+    assert after[0] < 0.8 * before[0] and after[1] < before[1]
+    assert [entry["bits"] for entry in log] == [2, 3, 4, 6, 8]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """(folder of the checkpoint, folder of the work) of a short run."""
+    home = tmp_path_factory.mktemp("undisturbed")
+    made = full(home, work_dir=home / "work")
+    made.save_pretrained(home / "out")
+    return home / "out", home / "work"
+
+
+def test_the_recipe_makes_an_ordinary_checkpoint(undisturbed):
+    out, _ = undisturbed
+    loaded = mobiquant.load(out, dtype=torch.float32)
+    stored = checkpoint_of(loaded)
+    assert stored.calibration["recipe"] == "full" and stored.calibration["training"]["distill_steps"] == 8
+    log = json.loads((out / "training_log.json").read_text())
+    assert [entry["step"] for entry in log if "kl" in entry] == [8]
+    assert {entry["bits"] for entry in log if "bits" in entry} == {2, 3, 4, 6, 8}
+    for bits in (2, 3.5, 8):
+        mobiquant.set_precision(loaded, bits)
+        assert tiny.logits(loaded).isfinite().all()
+
+
+def test_end_to_end_training_comes_nearer_to_the_float_model(tmp_path):
+    start = full(tmp_path, replace(SHORT, block_steps=0, distill_steps=0), samples=16)
+    longer = replace(SHORT, block_steps=0, distill_steps=80, distill_batch=4, weight_rate=1e-3, zero_rate=1e-2)
+    trained = full(tmp_path, longer, samples=16)
+    ids = data.windows((tmp_path / "text.txt").read_text(), tiny.tokenizer(), 16, "text")
+    reference = tiny.logits(tiny.model(), ids).log_softmax(-1)
+
+    def divergence(made, bits):
+        with mobiquant.precision(made, bits, routed=False):
+            return float((reference.exp() * (reference - tiny.logits(made, ids).log_softmax(-1))).sum(-1).mean())
+
+    for bits, share in ((2, 0.7), (3, 0.9)):
+        assert divergence(trained, bits) < share * divergence(start, bits)
+
+
+@pytest.mark.parametrize("saves", [1, 2, 3, 4])
+def test_a_killed_run_ends_with_the_same_bytes(tmp_path, undisturbed, monkeypatch, saves):
+    class Killed(BaseException):
+        pass
+
+    def dying(self, *args, original=work.Work.save):
+        original(self, *args)
+        dying.left -= 1
+        if not dying.left:
+            raise Killed
+
+    dying.left = saves
+    monkeypatch.setattr(work.Work, "save", dying)
+    monkeypatch.setattr(distill, "SAVE_EVERY", 4)
+    with pytest.raises(Killed):
+        full(tmp_path, work_dir=tmp_path / "work")
+    monkeypatch.undo()
+    made = full(tmp_path, work_dir=tmp_path / "work", resume=True)
+    made.save_pretrained(tmp_path / "out")
+    ours, theirs = folder_bytes(tmp_path / "out"), folder_bytes(undisturbed[0])
+    # the log tells at which steps work was kept, which the kill changed
+    ours.pop("training_log.json"), theirs.pop("training_log.json")
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 1}, "seed"),
+        ({"samples": 5}, "samples|text"),
+        ({"training": replace(SHORT, distill_steps=9)}, "distill steps"),
+        ({"format": Format(group_size=16)}, "group size"),
+    ],
+)
+def test_a_run_is_resumed_only_with_what_it_was_started_with(tmp_path, undisturbed, change, named):
+    before = folder_bytes(undisturbed[1] / "fast")
+    settings = {"format": FORM, "training": SHORT, **change}
+    with pytest.raises(InputError, match=f"holds a run with ({named}) .* give another --work-dir"):
+        tiny.quantize(tmp_path, recipe="full", work_dir=undisturbed[1], resume=True, **settings)
+    other = tiny.model()
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    with pytest.raises(InputError, match="holds a run with model"):
+        tiny.quantize(tmp_path, other, format=FORM, recipe="full", training=SHORT, work_dir=undisturbed[1], resume=True)
+    assert folder_bytes(undisturbed[1] / "fast") == before
+
+
+def test_a_work_folder_is_not_taken_by_mistake(tmp_path, undisturbed):
+    with pytest.raises(InputError, match="holds a run already: go on with --resume"):
+        full(tmp_path, work_dir=undisturbed[1])
+    with pytest.raises(InputError, match="holds no run to resume"):
+        full(tmp_path, work_dir=tmp_path / "new", resume=True)
+    with pytest.raises(InputError, match="give --work-dir"):
+        full(tmp_path, resume=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(InputError, match="not empty and holds no run"):
+        full(tmp_path, work_dir=tmp_path / "mine")
+    with pytest.raises(InputError, match="use recipe full"):
+        tiny.quantize(tmp_path, work_dir=tmp_path / "new")
+    assert not (tmp_path / "new").exists() and len(list((tmp_path / "mine").iterdir())) == 1
+
+
+def test_scales_alone_are_trained_where_weights_do_not_fit(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(distill, "free_memory", lambda device: 1000)
+    made = full(tmp_path, replace(SHORT, block_steps=0, scale_rate=1e-3))
+    assert "scales and zero points alone are trained" in capsys.readouterr().err
+    assert [entry["weights"] for entry in made._mobiquant_log if "kl" in entry] == [False]
+    assert all("forward" not in block.__dict__ for block in made.model.layers)
+    start = full(tmp_path, replace(SHORT, block_steps=0, distill_steps=0))
+    scales = [m.scale for model in (made, start) for m in model.modules() if isinstance(m, MobiLinear)]
+    assert not torch.equal(scales[0], scales[len(scales) // 2])
+
+
+def test_a_budget_of_minutes_bounds_the_steps(tmp_path):
+    training = replace(SHORT, distill_steps=10**7, block_steps=10**7, budget_minutes=0.05)
+    made = full(tmp_path, training)
+    steps = [entry["step"] for entry in made._mobiquant_log if "kl" in entry]
+    assert not steps or steps[-1] < 10**4
+
+
+@pytest.mark.parametrize("bad", [{"block_steps": -1}, {"distill_batch": 0}, {"budget_minutes": 0}, {"depths_per_step": 0}])
+def test_bad_training_is_refused(bad):
+    with pytest.raises(InputError, match=r"is not usable|leaves no time"):
+        Training(**bad)
+
+
+def test_the_command_knows_the_recipe(tmp_path):
+    tiny.model().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    command = ["quantize", str(tmp_path / "model"), "-o", str(tmp_path / "out"), "--calibration", tiny.text_file(tmp_path, 128)]
+    command += ["--samples", "4", "--sequence-length", "16", "--group-size", "32"]
+    steps = ["--recipe", "full", "--block-steps", "1", "--distill-steps", "1", "--work-dir", str(tmp_path / "work")]
+    planned = CliRunner().invoke(app, [*command, *steps, "--json", "--dry-run"], catch_exceptions=False)
+    assert json.loads(planned.stdout)["memory_gb"] > 0 and not (tmp_path / "work").exists()
+    done = CliRunner().invoke(app, [*command, *steps, "--json"], catch_exceptions=False)
+    assert json.loads(done.stdout)["recipe"] == "full"
+    with pytest.raises(InputError, match="need --recipe full"):
+        CliRunner().invoke(app, [*command, "--overwrite", "--resume"], catch_exceptions=False)
