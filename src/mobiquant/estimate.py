@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mobiquant import blocks, calibrate, checkpoint, integration
-from mobiquant.calibrate import distill, thresholds
+from mobiquant.calibrate import distill, nested, thresholds
 from mobiquant.config import Calibration, Checkpoint, Format, InputError, Training
 
 GB = 1e9
@@ -126,7 +126,7 @@ def _work(
 ) -> dict[str, float]:
     """Bytes of streams and of one block in work; products in FLOP, columns, and rows times columns over all blocks."""
     tokens = (settings.samples or 0) * (settings.sequence_length or 0)
-    streams = len({"fast": calibrate.fast, "paper": calibrate.paper, "full": calibrate.nested}[settings.recipe].readings(form))
+    streams = len({"fast": calibrate.fast, "paper": calibrate.paper, "full": nested}[settings.recipe].readings(form))
     width = skeleton.get_input_embeddings().weight.shape[1]  # type: ignore[operator, union-attr]
     block = blocks.linears(stack[0])
     flop = largest = columns = 0.0

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mobiquant import blocks, budget, data, integration, quantizer
-from mobiquant.calibrate import fast, full, nested, paper, work
+from mobiquant.calibrate import fast, full, paper, work
 from mobiquant.calibrate.streams import Stage, Streams
 from mobiquant.calibrate.thresholds import Measured
 from mobiquant.calibrate.work import Work
