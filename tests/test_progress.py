@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from mobiquant.progress import bars
+from mobiquant.progress import bars, by_width
 
 
 def lines(**settings):
@@ -21,3 +21,10 @@ def test_a_line_is_written_at_each_tenth():
 
 def test_nothing_is_written_unasked():
     assert not lines()
+
+
+def test_a_note_stands_behind_the_line():
+    stream = io.StringIO()
+    with bars(Console(file=stream, width=80), lines=True) as report:
+        report("work", 1, 1, by_width({3: 0.25, 2: 1.5}))
+    assert stream.getvalue() == "work: 1/1 2b:1.5 3b:0.25\n"

@@ -43,9 +43,10 @@ def quantize(
 
     `model` is a hub id, a folder, a `.gguf` file, `smollm2-135m`, or a loaded model (changed in place; then give its
     `tokenizer`). `calibration` names a text (`data.py`), `format` how weights are stored, `settings` are the fields of
-    `config.Calibration` such as `samples`, `sequence_length` and `seed`; `progress` is called
-    with the stage, steps done and steps in all, by default for bars on a terminal. `training`, `work_dir` and `resume` are for
-    the full recipe: how it trains, where it keeps what is done, and whether to go on with what a killed run has kept there.
+    `config.Calibration` such as `samples`, `sequence_length` and `seed`; `progress` is called with the stage, steps done and
+    steps in all (and by the full recipe with a text of its losses), by default for bars on a terminal. `training`, `work_dir`
+    and `resume` are for the full recipe: how it trains, where it keeps what is done, and whether to go on with what a killed
+    run has kept there.
     Returns the model on the CPU at full precision; its `save_pretrained` writes the checkpoint. Raises InputError on bad input.
     """
     started = time.monotonic()

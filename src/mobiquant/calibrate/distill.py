@@ -22,7 +22,7 @@ from mobiquant.calibrate.latent import Depth, LatentLinear, load_tensors, tensor
 from mobiquant.calibrate.nested import Draws, generator_for, optimizer_for, set_rate
 from mobiquant.calibrate.work import Work
 from mobiquant.config import Format, Training
-from mobiquant.progress import Report
+from mobiquant.progress import Report, by_width
 
 NAME = "distillation"
 SAVE_EVERY = 50
@@ -73,6 +73,7 @@ def distill(
     optimizer = optimizer_for(latents, training, weights)
     first, log = _resume(work, latents, optimizer)
     sums: dict[int, list[float]] = {}
+    recent: dict[int, float] = {}
     for step in range(first, steps):
         generator = generator_for(seed, "distillation", 0, step)
         picked = draws.pick(generator, min(training.depths_per_step, len(form.widths)))
@@ -80,6 +81,8 @@ def distill(
         tokens = windows[batch.to(device)]
         for one, loss in zip(picked, _step(student, teacher, tokens, depth, picked), strict=True):
             sums.setdefault(one, []).append(loss)
+            width = form.widths[one - 1]
+            recent[width] = 0.9 * recent.get(width, loss) + 0.1 * loss
         torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
         set_rate(optimizer, step, steps)
         optimizer.step()
@@ -89,7 +92,7 @@ def distill(
             log.append({"step": step + 1, "kl": means, "weights": weights})
             sums.clear()
             work.save(NAME, {**tensors(latents), **_moments(optimizer)}, {"step": step + 1, "log": log})
-        progress("training end to end", step + 1, steps)
+        progress("training end to end", step + 1, steps, f"KL {by_width(recent)}")
     return log
 
 

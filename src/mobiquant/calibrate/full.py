@@ -25,7 +25,7 @@ from mobiquant.calibrate.thresholds import Measured
 from mobiquant.calibrate.work import Work
 from mobiquant.config import Calibration, Checkpoint, Format, Training
 from mobiquant.linear import MobiLinear, Precision
-from mobiquant.progress import Report
+from mobiquant.progress import Report, by_width
 
 # of the time that is left after `fast`: block training gets a third, the rest is end to end but for what routers take
 BLOCK_SHARE, DISTILL_SHARE = 0.33, 0.9
@@ -108,9 +108,11 @@ def _blocks(
     streams = Streams(hidden, nested.readings(form), settings.batch, device)
     for index, (original, quantised) in enumerate(zip(originals, stack, strict=True)):
         stage = NestedStage(original, quantised, index, calls, device)
-        log += nested.block(stage, streams, form, training, settings.seed, plan.work)
+        entries = nested.block(stage, streams, form, training, settings.seed, plan.work)
+        log += entries
         nested.finish_block(stage, quantised)
-        progress("training blocks", index + 1, len(stack))
+        last = {entry["bits"]: entry["last"] for entry in entries if entry["last"] is not None}
+        progress("training blocks", index + 1, len(stack), f"error {by_width(last)}")
     return log
 
 
