@@ -29,7 +29,7 @@ ORDER = (
     "calibrate.full",
     "calibrate",
     "evaluate",
-    "estimate|generate|report",
+    "estimate|generate|report|tasks",
     "demo",
     "cli",
     "__main__",

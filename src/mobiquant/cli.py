@@ -198,10 +198,13 @@ def evaluate(
     sequence_length: Length = 2048,
     max_windows: Annotated[int | None, typer.Option(help="Measure no more than the first N windows.")] = None,
     max_bits: Annotated[float | None, typer.Option(help="Load only the slices of the first bits.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Accuracy on lm-eval tasks, with commas, instead of perplexity.")] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="Folder of yaml files that define the tasks.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Run no more than the first N items of each task.")] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Perplexity, KL and bits really read at each budget.
+    """Perplexity, KL and bits really read at each budget; or accuracy on tasks.
 
     Example: mobiquant eval smollm2-mobi --bits 2,2.5,3,4,8 --text builtin --reference smollm2-135m --max-windows 4
     """
@@ -226,12 +229,27 @@ def evaluate(
                 pass
     else:
         loaded = integration.load_float(model, dtype).to(target)  # type: ignore[arg-type]
-    float_model = integration.load_float(reference, dtype).to(target) if reference else None  # type: ignore[arg-type]
     tokenizer = integration.load_tokenizer(model)
+    if tasks is not None:
+        names = [name.strip() for name in tasks.split(",")]
+        _tasks(loaded, tokenizer, names, budgets if quantised else [], fixed, task_folder, limit, as_json)
+        return
+    float_model = integration.load_float(reference, dtype).to(target) if reference else None  # type: ignore[arg-type]
     windows = data.windows(data.load_text(text, "measure"), tokenizer, sequence_length, text)[:max_windows]
     with bars(err, lines=True) as report:
         rows = measure(loaded, windows, budgets if quantised else [], fixed=fixed, reference=float_model, progress=report)
     show_rows([asdict(row) for row in rows], as_json, windows=windows.shape[0], sequence_length=sequence_length)
+
+
+def _tasks(
+    model: Any, tokenizer: Any, names: list[str], bits: list[float], fixed: bool, folder: Path | None, limit: int | None, as_json: bool
+) -> None:  # fmt: skip
+    from mobiquant.tasks import measure
+
+    with bars(err, lines=True) as report:
+        rows = measure(model, tokenizer, names, bits, fixed=fixed, folder=folder, limit=limit, progress=report)
+    flat = [{"name": r.name, "bits": r.bits, "bits_read": r.bits_read, **r.accuracy, "mean": r.mean} for r in rows]
+    show_rows(flat, as_json, tasks=names)
 
 
 def _dtype(device: Any) -> Any:
