@@ -242,7 +242,8 @@ def evaluate(
 
 
 def _tasks(
-    model: Any, tokenizer: Any, names: list[str], bits: list[float], fixed: bool, folder: Path | None, limit: int | None, as_json: bool
+    model: Any, tokenizer: Any, names: list[str], bits: list[float], fixed: bool, folder: Path | None, limit: int | None,
+    as_json: bool,
 ) -> None:  # fmt: skip
     from mobiquant.tasks import measure
 
