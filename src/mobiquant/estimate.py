@@ -140,7 +140,7 @@ def _work(
         largest = max(largest, 4.0 * len(form.slices) * (4 * rows * k + 3 * k * k) + 8.0 * k * k * streams)
     weights = sum(blocks.weight_of(layer).numel() for layer in block.values())
     batch = settings.batch * (settings.sequence_length or 0)
-    rows_of_table = len(thresholds.SHARES) * 2
+    rows_of_table = len(thresholds.SHARES) * 2 + len(form.slices) - 2
     return {
         "streams": 4.0 * width * (tokens * (streams + 1) + thresholds.TOKENS * rows_of_table),
         "block": 3 * 4.0 * weights + largest + 4.0 * batch * 8 * width,

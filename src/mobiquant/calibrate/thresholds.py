@@ -30,14 +30,20 @@ BATCH = 8192
 
 
 def rows(form: Format, fitted: list[Fitted], shares: Sequence[float]) -> list[tuple[float, int]]:
-    """`(tau, cap)` at shares of the budgets of each region, from the scores of sample tokens; thresholds falling."""
+    """`(tau, cap)` at shares of the budgets of each region, from the scores of sample tokens; thresholds falling.
+
+    Where a budget is a width of the format, many thresholds may read it: the row is the middle of them, far from reading less.
+    """
     found: list[tuple[float, int]] = []
     low = below = form.widths[0]
     for cap in budget.region_caps(form):
         high = form.widths[cap - 1]
         # a later region is asked only for budgets that the one before cannot serve
         start = max(below - 0.3, low) if below > low else low
-        found += [(_tau_for(start + share * (high - start), cap, form, fitted), cap) for share in shares]
+        taus = [_tau_for(start + share * (high - start), cap, form, fitted) for share in shares]
+        for width in [w for w in form.widths if start < w < high]:
+            taus.append(sum(_tau_for(width + side, cap, form, fitted) for side in (-1e-6, 1e-6)) / 2)
+        found += [(tau, cap) for tau in sorted(taus, reverse=True)]
         below = high
     return list(dict.fromkeys(found))
 
