@@ -4,6 +4,8 @@ Rows are independent of each other: a program takes a few rows and goes through 
 gradients of all depths in registers. In torch the same work is some twenty launches a column, which bind a GPU.
 """
 
+# Triton comes with CUDA builds of torch only, and kernels are a language of their own
+# pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportIndexIssue=false
 from collections.abc import Sequence
 
 import torch
@@ -38,7 +40,7 @@ def _choose(
             cost += fine * outside * outside
         code = tl.where(cost < best, c, code)
         best = tl.minimum(best, cost)
-    for d in tl.static_range(COARSE, E):  # pyright: ignore[reportGeneralTypeIssues] -- unrolled by the compiler
+    for d in tl.static_range(COARSE, E):
         tail = tl.load(tails + (d - COARSE) * E + e, mask=real, other=0.0)
         middle = tl.sum(tail * target, axis=0)[None, :]
         first = code << (WIDTHS[d] - WIDTHS[d - 1])
@@ -61,7 +63,7 @@ def _block(
     k = tl.arange(0, B)[None, :, None]  # [1, B, 1]
     depth, real, inside = e[:, :, None], e < E, row < N
     width = tl.full([EP, 1], TOTAL, tl.int32)
-    for d in tl.static_range(E):  # pyright: ignore[reportGeneralTypeIssues]
+    for d in tl.static_range(E):
         width = tl.where(e == d, WIDTHS[d], width)
     cell = tl.exp2((BASE - width).to(tl.float32))
     # 64-bit: E K N passes 2^31 in large layers
