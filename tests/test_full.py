@@ -152,7 +152,8 @@ def test_end_to_end_training_comes_nearer_to_the_float_model(tmp_path):
         assert divergence(trained, bits) < share * divergence(start, bits)
 
 
-@pytest.mark.parametrize("saves", range(1, 7))
+# in the first block, before the end-to-end stage, in it
+@pytest.mark.parametrize("saves", [2, 4, 5])
 def test_a_killed_run_ends_with_the_same_bytes(tmp_path, undisturbed, monkeypatch, saves):
     class Killed(BaseException):
         pass
@@ -215,19 +216,19 @@ def test_a_work_folder_is_not_taken_by_mistake(tmp_path, undisturbed):
     assert not (tmp_path / "new").exists() and len(list((tmp_path / "mine").iterdir())) == 1
 
 
-def test_scales_alone_are_trained_where_weights_do_not_fit(tmp_path, monkeypatch, capsys):
+def test_scales_alone_are_trained_where_weights_do_not_fit(tmp_path, undisturbed, monkeypatch, capsys):
     monkeypatch.setattr(distill, "free_memory", lambda device: 1000)
     made = full(tmp_path, replace(SHORT, block_steps=0, scale_rate=1e-3))
     assert "scales and zero points alone are trained" in capsys.readouterr().err
     assert [entry["weights"] for entry in made._mobiquant_log if "kl" in entry] == [False]
     assert all("forward" not in block.__dict__ for block in made.model.layers)
-    start = full(tmp_path, replace(SHORT, block_steps=0, distill_steps=0))
-    scales = [m.scale for model in (made, start) for m in model.modules() if isinstance(m, MobiLinear)]
-    assert not torch.equal(scales[0], scales[len(scales) // 2])
+    start = mobiquant.load(undisturbed[1] / "fast")
+    ours, theirs = ([m.scale for m in model.modules() if isinstance(m, MobiLinear)] for model in (made, start))
+    assert not any(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_a_budget_of_minutes_bounds_the_steps(tmp_path):
-    training = replace(SHORT, distill_steps=10**7, block_steps=10**7, budget_minutes=0.05)
+    training = replace(SHORT, distill_steps=10**7, block_steps=10**7, budget_minutes=0.03)
     made = full(tmp_path, training)
     steps = [entry["step"] for entry in made._mobiquant_log if "kl" in entry]
     assert not steps or steps[-1] < 10**4
