@@ -140,11 +140,11 @@ def _work(
         largest = max(largest, 4.0 * len(form.slices) * (4 * rows * k + 3 * k * k) + 8.0 * k * k * streams)
     weights = sum(blocks.weight_of(layer).numel() for layer in block.values())
     batch = settings.batch * (settings.sequence_length or 0)
-    rows_of_table = len(thresholds.SHARES) * 2 + len(form.slices) - 2
+    measured = (len(thresholds.SHARES) * 2 + len(form.slices) - 2) * thresholds.measured_tokens(tokens)
     return {
-        "streams": 4.0 * width * (tokens * (streams + 1) + thresholds.TOKENS * rows_of_table),
+        "streams": 4.0 * width * (tokens * (streams + 1) + measured),
         "block": 3 * 4.0 * weights + largest + 4.0 * batch * 8 * width,
-        "flop": len(stack) * (flop + rows_of_table * thresholds.TOKENS * 2 * weights),
+        "flop": len(stack) * (flop + measured * 2 * weights),
         "columns": len(stack) * columns * settings.sweeps,
         "weights": len(stack) * weights,
     }

@@ -24,9 +24,15 @@ from mobiquant.linear import Precision
 SHARES = (0.05, 0.35, 0.65, 0.95)
 # rows of each region in the table
 FINE = 32
-TOKENS = 1024
+# tokens that rows are measured on: a quarter of the calibration tokens between these two
+LEAST, MOST = 1024, 8192
 # tokens in work at once: enough that reading the weights costs little beside the products
 BATCH = 8192
+
+
+def measured_tokens(tokens: int) -> int:
+    """How many of the calibration tokens rows are measured on."""
+    return min(tokens, max(LEAST, min(tokens // 4, MOST)))
 
 
 def rows(form: Format, fitted: list[Fitted], shares: Sequence[float]) -> list[tuple[float, int]]:
@@ -70,8 +76,8 @@ class Measured:
     """Sequences of calibration tokens at each row of the table, and what they read so far."""
 
     def __init__(self, hidden: Float[Tensor, "S L D"], form: Format, fitted: list[Fitted]):
-        kept = max(1, -(-TOKENS // hidden.shape[1]))
-        spread = torch.linspace(0, hidden.shape[0] - 1, min(kept, hidden.shape[0])).long()
+        kept = -(-measured_tokens(hidden.shape[0] * hidden.shape[1]) // hidden.shape[1])
+        spread = torch.linspace(0, hidden.shape[0] - 1, kept).long()
         self.form, self.fitted, self.rows = form, fitted, rows(form, fitted, SHARES)
         self.hidden = hidden[spread].repeat(len(self.rows), 1, 1, 1)  # [rows, S, L, D]
         self.counts = torch.zeros(len(self.rows), len(form.slices), dtype=torch.float64)
