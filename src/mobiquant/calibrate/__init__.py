@@ -157,9 +157,7 @@ def run(
         inputs += [tuple(f"{root}.{index}.{name}" for name in names) for names in groups]
         progress("quantising blocks", index + 1, count)
     measured = Measured(hidden, form, fitted)
-    for index, block in enumerate(stack):
-        measured.run_block(block, index, calls, device)
-        progress("measuring thresholds", index + 1, count)
+    measured.run(stack, calls, device, progress)
     _wire(stack, precision)
     stored = Checkpoint(form, tuple(inputs), measured.table(), skipped, provenance(model, tokens, settings), versions())
     return stored, log

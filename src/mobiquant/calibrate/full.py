@@ -77,9 +77,7 @@ def train(
         log += _end_to_end(model, original, stack, windows, form, settings, plan, device, progress)
     fitted, explained = _routers(originals, stack, root, hidden, calls, stored, settings, device, progress)
     measured = Measured(hidden, form, fitted)
-    for index, block in enumerate(stack):
-        measured.run_block(block, index, calls, device)
-        progress("measuring thresholds", index + 1, len(stack))
+    measured.run(stack, calls, device, progress)
     return replace(stored, thresholds=measured.table()), log + explained
 
 

@@ -22,6 +22,7 @@ from torch.nn.functional import linear, silu
 
 from mobiquant import blocks, clip, compensate, router
 from mobiquant import slices as s
+from mobiquant.calibrate import latent
 from mobiquant.calibrate.fast import Fitted, install
 from mobiquant.calibrate.streams import FLOAT, ROUTER_TOKENS, Reading, Stage, Streams
 from mobiquant.config import Calibration, Format
@@ -96,15 +97,7 @@ class LearnedClip(nn.Module):
 
     def reads(self, depths: int) -> Iterator[Float[Tensor, "N K"]]:
         """Differentiable weights at the first depths; flooring passes gradients straight through."""
-        columns, form = self.weight.shape[1], self.form
-        scale, zero = self.grid()
-        scale, shift = s.expand(scale, form.group_size, columns), s.expand(zero + 0.5, form.group_size, columns)
-        u = self.weight / scale + shift
-        for width in form.widths[:depths]:
-            cells = 2.0 ** (width - form.slices[0])
-            inside = (u * cells).clamp(0, 2**width - 1e-3)
-            centre = (inside + (inside.floor() + 0.5 - inside).detach()) / cells
-            yield scale * (centre - shift)
+        return latent.read(self.weight, *self.grid(), self.form, range(1, depths + 1))
 
     def forward(self, x: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch N"]:
         flat = x.reshape(-1, x.shape[-1])  # [..., K] -> [T, K]

@@ -19,6 +19,7 @@ from mobiquant.calibrate.fast import Fitted
 from mobiquant.calibrate.streams import Stage
 from mobiquant.config import Format
 from mobiquant.linear import Precision
+from mobiquant.progress import Report
 
 # shares of the budgets of a region at which a row is measured
 SHARES = (0.05, 0.35, 0.65, 0.95)
@@ -94,6 +95,12 @@ class Measured:
             self.hidden[part] = out.cpu().view(len(part), sequences, length, width)
             self.counts[part] += stage.precision.entry_counts().view(len(part), sequences, -1).sum(1)
             stage.precision.depth_shares(reset=True)
+
+    def run(self, stack: nn.ModuleList, calls: blocks.Calls, device: torch.device, progress: Report) -> None:
+        """`run_block` for every block of a model."""
+        for index, block in enumerate(stack):
+            self.run_block(block, index, calls, device)
+            progress("measuring thresholds", index + 1, len(stack))
 
     def table(self) -> tuple[dict[str, Any], ...]:
         """Regions for `config.Checkpoint.thresholds`: thresholds falling, bits for every cap up to that of the region."""
