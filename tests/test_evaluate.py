@@ -71,6 +71,19 @@ def test_divergence_from_another_model_is_positive():
     assert row.kl > 0.1
 
 
+@pytest.mark.parametrize("count", [2, 4, 5])
+def test_windows_in_one_pass_give_what_they_give_alone(monkeypatch, model, count):
+    budgets = [2, 3.3, 8]
+    alone = e.evaluate(model, windows(), budgets, reference=floating())
+    monkeypatch.setattr(e, "windows_per_pass", lambda *_: count)
+    done = []
+    together = e.evaluate(model, windows(), budgets, reference=floating(), progress=lambda *a: done.append(a[1:]))
+    for one, other in zip(alone, together, strict=True):
+        assert other.perplexity == pytest.approx(one.perplexity, rel=1e-5)
+        assert (other.kl, other.bits_read) == (pytest.approx(one.kl, rel=1e-4), pytest.approx(one.bits_read, rel=1e-6))
+    assert done[-1] == (5, 5)
+
+
 @pytest.mark.parametrize("rows", [1, 7, 39, 1000])
 def test_the_size_of_parts_does_not_matter(monkeypatch, rows):
     other = small.model(seed=1)
