@@ -20,7 +20,7 @@ from mobiquant.config import Format, Training
 from mobiquant.linear import MobiLinear
 
 FORM = Format(group_size=32)
-SHORT = Training(block_steps=6, block_batch=2, distill_steps=8, distill_batch=2, weight_rate=2e-3, scale_rate=1e-4)
+SHORT = Training(block_steps=6, block_batch=2, distill_steps=8, distill_batch=2, position_rate=2e-2, scale_rate=2e-3)
 LISTS = [(2, 1, 1, 2, 2), (2, 2, 2, 2), (4, 4), (7, 1)]
 
 
@@ -51,8 +51,8 @@ def test_a_latent_starts_as_the_layer_it_came_from_and_stores_as_it_reads(slices
     assert all(torch.equal(a, b) for a, b in zip(layer.buffers(), again.buffers(), strict=True))
     # after a change too, what is read in training is what is stored
     with torch.no_grad():
-        made.weight += 0.05 * normal(12, 40, seed=3)
-        made.scale *= 1.013
+        made.position += normal(12, 40, seed=3)
+        made.log_scale += 0.013
         made.zero += 0.111
     made.store(again)
     for depth in range(1, len(slices) + 1):
@@ -64,11 +64,24 @@ def test_gradients_pass_inside_the_range_and_stop_outside():
     layer = mobilinear()
     made = latent.LatentLinear(layer, latent.Depth(1))
     with torch.no_grad():
-        made.weight[0, 0] = 100.0
+        made.position[0, 0] = 100.0
     made(torch.eye(40)).sum().backward()
-    assert made.weight.grad[0, 0] == 0
-    assert torch.equal(made.weight.grad.flatten()[1:], torch.ones(12 * 40 - 1))
-    assert made.scale.grad.abs().sum() > 0 and made.zero.grad[0, 0] != 0
+    assert made.position.grad[0, 0] == 0
+    steps = s.expand(layer.scale.float(), 16, 40)
+    assert torch.allclose(made.position.grad.flatten()[1:], steps.flatten()[1:])
+    assert made.log_scale.grad.abs().sum() > 0 and made.zero.grad[0, 0] != 0
+
+
+def test_a_position_that_left_the_grid_is_put_back_and_learns_again():
+    made = latent.LatentLinear(mobilinear(), latent.Depth(2))
+    with torch.no_grad():
+        made.position[0, 0], made.position[0, 1], made.zero[0, 0] = 100.0, -3.0, 77.0
+    latent.project({"one": made})
+    assert (made.position[0, 0], made.position[0, 1]) == (4 - 2**-7, 0) and made.zero.max() < 4
+    for made.depth.value in range(1, 6):
+        made.zero_grad()
+        made(torch.eye(40)).sum().backward()
+        assert made.position.grad[0, 0] > 0 and made.position.grad[0, 1] > 0
 
 
 def test_draws_are_the_same_for_a_step_and_cover_all_depths():
@@ -139,7 +152,7 @@ def test_the_recipe_makes_an_ordinary_checkpoint(undisturbed):
 
 def test_end_to_end_training_comes_nearer_to_the_float_model(tmp_path):
     start = full(tmp_path, replace(SHORT, block_steps=0, distill_steps=0), samples=16)
-    longer = replace(SHORT, block_steps=0, distill_steps=80, distill_batch=4, weight_rate=1e-3, zero_rate=1e-2)
+    longer = replace(SHORT, block_steps=0, distill_steps=80, distill_batch=4, position_rate=2e-2, zero_rate=1e-2)
     trained = full(tmp_path, longer, samples=16)
     ids = data.windows((tmp_path / "text.txt").read_text(), tiny.tokenizer(), 16, "text")
     reference = tiny.logits(tiny.model(), ids).log_softmax(-1)
@@ -218,7 +231,7 @@ def test_a_work_folder_is_not_taken_by_mistake(tmp_path, undisturbed):
 
 def test_scales_alone_are_trained_where_weights_do_not_fit(tmp_path, undisturbed, monkeypatch, capsys):
     monkeypatch.setattr(distill, "free_memory", lambda device: 1000)
-    made = full(tmp_path, replace(SHORT, block_steps=0, scale_rate=1e-3))
+    made = full(tmp_path, replace(SHORT, block_steps=0, scale_rate=1e-2))
     assert "scales and zero points alone are trained" in capsys.readouterr().err
     assert [entry["weights"] for entry in made._mobiquant_log if "kl" in entry] == [False]
     assert all("forward" not in block.__dict__ for block in made.model.layers)

@@ -25,7 +25,7 @@ ORDER = (
     "quantizer",
     "integration|data",
     "calibrate.streams|calibrate.routers|calibrate.latent|calibrate.work",
-    "calibrate.fast|calibrate.nested",
+    "calibrate.fast|calibrate.nested|calibrate.passes",
     "calibrate.paper|calibrate.thresholds|calibrate.distill",
     "calibrate.full",
     "calibrate",

@@ -124,18 +124,21 @@ def default_depth_weights(slices: tuple[int, ...]) -> tuple[float, ...]:
 class Training:
     """How the full recipe trains; a stage with no steps is left out.
 
-    Rates are those of AdamW: of weights and scales in their own units, of zero points in base steps. `budget_minutes` bounds
-    the whole recipe by giving its stages fewer steps.
+    Rates are those of AdamW: of the places of weights and of zero points in base steps, of the logarithm of scales. The
+    divergence of each depth enters the loss as `KL^loss_power / loss_power`, its logarithm at 0. `budget_minutes` bounds the
+    whole recipe by giving its stages fewer steps.
     """
 
     block_steps: int = 200
     block_batch: int = 8
     distill_steps: int = 1000
     distill_batch: int = 4
-    depths_per_step: int = 2
-    weight_rate: float = 5e-5
-    scale_rate: float = 3e-5
+    depths_per_step: int = 8
+    position_rate: float = 1e-3
+    scale_rate: float = 5e-4
     zero_rate: float = 1e-3
+    loss_power: float = 0.5
+    clip_norm: float = 1.0
     budget_minutes: float | None = None
 
     def __post_init__(self) -> None:

@@ -1,25 +1,27 @@
 """End-to-end training of all layers against the float model: KL of the next-token distribution, a few depths drawn each step.
 
-What: `mean_t KL(float || student read at depth e)`, summed over the depths of the step. The 2-bit base is drawn most often;
-every step draws different depths, since they share one code and pull at it together.
+What: `sum_e KL(float || student read at depth e)^p / p` over the depths of the step (`passes`). All depths take part in every
+step unless told otherwise: they share one code and pull at it together.
 
 Where the trainable state (weights, gradients, two moments) does not fit, only scales and zero points are trained, with blocks
 recomputed in the backward pass; the log and a notice say so.
 """
 
 import sys
-from contextlib import nullcontext
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import psutil
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from torch.nn.functional import kl_div
 from torch.utils.checkpoint import checkpoint as recompute
 
-from mobiquant.calibrate.latent import Depth, LatentLinear, load_tensors, tensors
+from mobiquant.calibrate.latent import Depth, LatentLinear, load_tensors, project, tensors
 from mobiquant.calibrate.nested import Draws, generator_for, optimizer_for, set_rate
+from mobiquant.calibrate.passes import CapturedPasses, Passes, steady
 from mobiquant.calibrate.work import Work
 from mobiquant.config import Format, Training
 from mobiquant.progress import Report, by_width
@@ -69,49 +71,70 @@ def distill(
     """Train the latents of `student`, both models on one device; returns the losses of each save. Goes on from `work`."""
     device, draws, steps = windows.device, Draws.of(form.widths), training.distill_steps
     for latent in latents.values():
-        latent.weight.requires_grad_(weights)
+        latent.position.requires_grad_(weights)
     optimizer = optimizer_for(latents, training, weights)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
     first, log = _resume(work, latents, optimizer)
     sums: dict[int, list[float]] = {}
     recent: dict[int, float] = {}
-    for step in range(first, steps):
-        generator = generator_for(seed, "distillation", 0, step)
-        picked = draws.pick(generator, min(training.depths_per_step, len(form.widths)))
-        batch = torch.randperm(windows.shape[0], generator=generator)[: training.distill_batch]
-        tokens = windows[batch.to(device)]
-        for one, loss in zip(picked, _step(student, teacher, tokens, depth, picked), strict=True):
-            sums.setdefault(one, []).append(loss)
-            width = form.widths[one - 1]
-            recent[width] = 0.9 * recent.get(width, loss) + 0.1 * loss
-        torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
-        set_rate(optimizer, step, steps)
-        optimizer.step()
-        optimizer.zero_grad()
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
-            means = {str(form.widths[d - 1]): round(sum(v) / len(v), 5) for d, v in sorted(sums.items())}
-            log.append({"step": step + 1, "kl": means, "weights": weights})
-            sums.clear()
-            work.save(NAME, {**tensors(latents), **_moments(optimizer)}, {"step": step + 1, "log": log})
-        progress("training end to end", step + 1, steps, f"KL {by_width(recent)}")
+    count = min(training.depths_per_step, len(form.widths))
+    with repeatable(device), _passes(student, teacher, depth, windows[: training.distill_batch], training, weights) as passes:
+        for step in range(first, steps):
+            generator = generator_for(seed, NAME, 0, step)
+            picked = draws.pick(generator, count)
+            batch = torch.randperm(windows.shape[0], generator=generator)[: training.distill_batch]
+            passes.teach(windows[batch.to(device)])
+            losses = torch.stack([passes.learn(one) for one in picked]).tolist()
+            torch.nn.utils.clip_grad_norm_(parameters, training.clip_norm * count)
+            set_rate(optimizer, step, steps)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+            project(latents)
+            for one, loss in zip(picked, losses, strict=True):
+                sums.setdefault(one, []).append(loss)
+                width = form.widths[one - 1]
+                recent[width] = loss if width not in recent else 0.9 * recent[width] + 0.1 * loss
+            if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+                means = {str(form.widths[d - 1]): round(sum(v) / len(v), 5) for d, v in sorted(sums.items())}
+                log.append({"step": step + 1, "kl": means, "weights": weights})
+                sums.clear()
+                work.save(NAME, lambda: {**tensors(latents), **_moments(optimizer)}, {"step": step + 1, "log": log})
+            progress("training end to end", step + 1, steps, f"KL {by_width(recent)}")
     return log
 
 
-def _step(student: nn.Module, teacher: nn.Module, tokens: Int[Tensor, "S L"], depth: Depth, picked: list[int]) -> list[float]:
-    """Add the gradients of one batch at the depths drawn; returns the divergence in nats a token at each."""
-    lower = torch.autocast("cuda", torch.bfloat16) if tokens.is_cuda else nullcontext()
-    losses: list[float] = []
-    with torch.no_grad(), lower:
-        wanted = teacher(tokens, use_cache=False).logits.float().log_softmax(-1).flatten(0, 1)
-    for one in picked:
-        depth.value = one
-        with torch.enable_grad():
-            with lower:
-                logits = student(tokens, use_cache=False).logits
-            made = logits.float().log_softmax(-1).flatten(0, 1)
-            loss = kl_div(made, wanted, reduction="batchmean", log_target=True)
-            (loss / len(picked)).backward()
-        losses.append(loss.item())
-    return losses
+@contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """On CUDA, operations that add in a fixed order, where there are such: a resumed run must end with the same bytes."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filling = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        with warnings.catch_warnings():
+            if device.type == "cuda":
+                # cuBLAS warns: its sums depend on the order only where several streams share a handle
+                warnings.filterwarnings("ignore", message=".*deterministic.*")
+                torch.use_deterministic_algorithms(True, warn_only=True)
+                torch.utils.deterministic.fill_uninitialized_memory = False
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filling
+
+
+@contextmanager
+def _passes(
+    student: nn.Module, teacher: nn.Module, depth: Depth, tokens: Int[Tensor, "S L"], training: Training, weights: bool
+) -> Iterator[Passes]:
+    """Passes over batches like `tokens`, captured on CUDA unless blocks are recomputed."""
+    with ExitStack() as stack:
+        if not tokens.is_cuda or not weights:
+            yield Passes(student, teacher, depth, training.loss_power)
+            return
+        for model in (student, teacher):
+            stack.enter_context(steady(model, tokens))
+        yield CapturedPasses(student, teacher, depth, training.loss_power, tokens)
 
 
 def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

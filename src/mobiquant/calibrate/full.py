@@ -46,7 +46,7 @@ class Plan:
         if self.training.budget_minutes is not None and asked:
             left = self.training.budget_minutes * 60 - (time.monotonic() - self.started)
             asked = max(0, min(asked, int(left * share / (seconds_of_a_step() * units))))
-        self.work.save(f"steps-{stage}", {}, asked)
+        self.work.save(f"steps-{stage}", dict, asked)
         return asked
 
 
@@ -143,7 +143,7 @@ def _end_to_end(
     def trial() -> float:
         begun = time.monotonic()
         distill.distill(
-            *everything, replace(plan.training, distill_steps=TRIAL_STEPS, weight_rate=0.0, scale_rate=0.0, zero_rate=0.0),
+            *everything, replace(plan.training, distill_steps=TRIAL_STEPS, position_rate=0.0, scale_rate=0.0, zero_rate=0.0),
             settings.seed, Work(None, {}, False), weights, lambda *_: None,
         )  # fmt: skip
         return (time.monotonic() - begun) / TRIAL_STEPS

@@ -1,10 +1,13 @@
-"""A quantised linear layer in training: float weights that are read through their own codes.
+"""A quantised linear layer in training: the places of its weights on the grid, read through their own codes.
 
-What: `weight`, `scale` and `zero` are parameters; a forward pass encodes and reads them at one depth. Flooring passes its
-gradient straight through inside the range and none outside, stored precisions of scale and zero point are rounded in the
-forward pass too, so what is trained is what will be stored.
+What: `position` u (`slices.position`, in base steps), the logarithm of the scale and the zero point are parameters; a forward
+pass floors u to the cell of one depth and reads `s (centre - z)`. Flooring passes its gradient straight through; stored
+precisions of scale and zero point are rounded in the forward pass too, so what is trained is what will be stored.
 
-The start are codes, not weights: a latent weight is the centre of the finest cell of its code, which encodes to that code.
+Why places, not weights: a step of the optimizer is then a share of a cell in every layer, whatever its scale, and a scale
+moves the whole grid with its codes, instead of moving weights to other cells.
+
+The start are codes: a position is the centre of the finest cell of its code. `project` keeps positions on the grid.
 """
 
 from collections.abc import Iterator
@@ -14,12 +17,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from mobiquant import blocks
+from mobiquant import blocks, pack
 from mobiquant import slices as s
 from mobiquant.config import Format
 from mobiquant.linear import MobiLinear
 
-TENSORS = ("weight", "scale", "zero")
+TENSORS = ("position", "log_scale", "zero")
+
+
+def centre(position: Float[Tensor, "N K"], form: Format, depth: int) -> Float[Tensor, "N K"]:
+    """Centre of the cell of each position at a depth, in base steps; gradients pass inside the grid and stop outside."""
+    width = form.widths[depth - 1]
+    cells = 2.0 ** (width - form.slices[0])
+    inside = (position * cells).clamp(0, 2**width - 1e-3)
+    return (inside + (inside.floor() + 0.5 - inside).detach()) / cells
 
 
 def read(
@@ -28,13 +39,9 @@ def read(
     """Differentiable weights at each depth of `depths` (1 is the base alone); `zero` in base steps."""
     columns = weight.shape[1]
     scale, shift = s.expand(scale, form.group_size, columns), s.expand(zero + 0.5, form.group_size, columns)
-    u = weight / scale + shift
+    position = weight / scale + shift
     for depth in depths:
-        width = form.widths[depth - 1]
-        cells = 2.0 ** (width - form.slices[0])
-        inside = (u * cells).clamp(0, 2**width - 1e-3)
-        centre = (inside + (inside.floor() + 0.5 - inside).detach()) / cells
-        yield scale * (centre - shift)
+        yield scale * (centre(position, form, depth) - shift)
 
 
 class Depth:
@@ -49,32 +56,36 @@ class LatentLinear(nn.Module):
 
     def __init__(self, layer: MobiLinear, depth: Depth):
         super().__init__()
-        form = layer.format
+        form, packed = layer.format, layer.packed()
         self.format, self.depth = form, depth
-        self.weight = nn.Parameter(layer.packed().read(len(form.slices)))
-        self.scale = nn.Parameter(layer.scale.float())
+        step = 2.0 ** (form.slices[0] - sum(form.slices))
+        self.position = nn.Parameter((pack.unpack(packed.planes, layer.in_features).float() + 0.5) * step)
+        self.log_scale = nn.Parameter(layer.scale.float().log())
         self.zero = nn.Parameter(s.load_zero(layer.zero, form.slices))
         self.bias: Tensor | None
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float())
 
     def grid(self) -> tuple[Float[Tensor, "N G"], Float[Tensor, "N G"]]:
         """Scale and zero point as they will be stored, in fp32, with the gradient of the identity."""
-        scale = self.scale + (s.store_scale(self.scale.detach()).float() - self.scale).detach()
+        scale = self.log_scale.exp()
+        scale = scale + (s.store_scale(scale.detach()).float() - scale).detach()
         stored = s.load_zero(s.store_zero(self.zero.detach(), self.format.slices), self.format.slices)
         return scale, self.zero + (stored - self.zero).detach()
 
     def forward(self, x: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch N"]:
         scale, zero = self.grid()
-        depth = self.depth.value
-        weight = next(read(self.weight, scale, zero, self.format, range(depth, depth + 1)))
+        group, columns = self.format.group_size, self.position.shape[1]
+        level = centre(self.position, self.format, self.depth.value) - s.expand(zero + 0.5, group, columns)
+        weight = s.expand(scale, group, columns) * level
         return linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     @torch.no_grad()
     def store(self, layer: MobiLinear) -> None:
         """Write what was trained into the layer that it came from."""
         form = self.format
-        scale, zero = s.store_scale(self.scale), s.store_zero(self.zero, form.slices)
-        layer.set_weight(s.encode(self.weight, scale, zero, form.slices, form.group_size), scale, zero, None)
+        total = sum(form.slices)
+        code = (self.position * 2 ** (total - form.slices[0])).floor().clamp(0, 2**total - 1).to(torch.uint8)
+        layer.set_weight(code, s.store_scale(self.log_scale.exp()), s.store_zero(self.zero, form.slices), None)
 
 
 def open_latents(module: nn.Module, depth: Depth) -> dict[str, LatentLinear]:
@@ -97,3 +108,13 @@ def load_tensors(latents: dict[str, LatentLinear], values: dict[str, Tensor]) ->
     for name, latent in latents.items():
         for key in TENSORS:
             getattr(latent, key).copy_(values[f"{name}.{key}"])
+
+
+@torch.no_grad()
+def project(latents: dict[str, LatentLinear]) -> None:
+    """Put positions that left the grid back to its ends, and zero points into what can be stored."""
+    for latent in latents.values():
+        slices = latent.format.slices
+        # the centre of the last finest cell: gradients pass there
+        latent.position.clamp_(0, 2 ** slices[0] * (1 - 0.5 ** (sum(slices) + 1)))
+        latent.zero.clamp_(0, (2**s.ZERO_BITS - 1) * 2.0 ** (slices[0] - s.ZERO_BITS))

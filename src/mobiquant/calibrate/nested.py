@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mobiquant import blocks
-from mobiquant.calibrate.latent import Depth, LatentLinear, load_tensors, open_latents, tensors
+from mobiquant.calibrate.latent import Depth, LatentLinear, load_tensors, open_latents, project, tensors
 from mobiquant.calibrate.streams import FLOAT, Reading, Stage, Streams, fixed
 from mobiquant.calibrate.work import Work
 from mobiquant.config import Format, Training
@@ -86,16 +86,16 @@ def relative_error(made: Float[Tensor, "S L D"], wanted: Float[Tensor, "S L D"])
 
 
 def optimizer_for(latents: dict[str, LatentLinear], training: Training, weights: bool = True) -> torch.optim.AdamW:
-    """AdamW without decay, one rate for weights and one, relative to the scale's own size, for scales and zero points."""
+    """AdamW without decay, with a rate each for positions, scales and zero points."""
     layers = list(latents.values())
     groups: list[dict[str, Any]] = []
     if weights:
-        groups.append({"params": [layer.weight for layer in layers], "lr": training.weight_rate})
-    groups.append({"params": [layer.scale for layer in layers], "lr": training.scale_rate})
+        groups.append({"params": [layer.position for layer in layers], "lr": training.position_rate})
+    groups.append({"params": [layer.log_scale for layer in layers], "lr": training.scale_rate})
     groups.append({"params": [layer.zero for layer in layers], "lr": training.zero_rate})
     for group in groups:
         group["first"] = group["lr"]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=layers[0].position.is_cuda)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
@@ -124,6 +124,7 @@ def train_block(stage: NestedStage, streams: Streams, form: Format, training: Tr
             loss.backward()
         set_rate(optimizer, step, steps)
         optimizer.step()
+        project(stage.latents)
         losses.append((depth, loss.detach().item()))
     quarter = max(1, steps // 4)
     return [
@@ -157,7 +158,7 @@ def block(
     kept = work.load(name)
     if kept is None:
         log = train_block(stage, streams, form, training, seed)
-        work.save(name, tensors(stage.latents), log)
+        work.save(name, lambda: tensors(stage.latents), log)
     else:
         load_tensors(stage.latents, kept[0])
         log = kept[1]

@@ -8,6 +8,7 @@ A stage draws its randomness from generators seeded by its place and step, never
 import json
 import os
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,10 @@ class Work:
             os.fsync(file.fileno())
         new.replace(self.folder / name)
 
-    def save(self, name: str, values: dict[str, Tensor], note: Any) -> None:
-        """Keep tensors and a JSON note under a name, in place of what was there."""
+    def save(self, name: str, values: Callable[[], dict[str, Tensor]], note: Any) -> None:
+        """Keep tensors and a JSON note under a name, in place of what was there; `values` is called only where a folder is."""
         if self.folder is not None:
-            self._write(f"{name}.safetensors", save(values, {"note": json.dumps(note)}))
+            self._write(f"{name}.safetensors", save(values(), {"note": json.dumps(note)}))
 
     def load(self, name: str) -> tuple[dict[str, Tensor], Any] | None:
         """What was kept under a name, or None."""
