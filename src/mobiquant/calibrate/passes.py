@@ -1,0 +1,135 @@
+"""Passes of end-to-end training: the float model predicts a batch, the student learns it at one depth after another.
+
+What: `teach` sets the next-token distributions that are wanted, `learn` adds the gradients of one depth. The loss of a depth is
+`KL(float || student)^p / p`, its logarithm for p = 0: depths of few bits diverge a hundred times more than those of many, and
+with p = 1 they would own the code.
+
+How: launching the small operations of a model costs more than doing them, so on CUDA a pass is captured once for each depth as
+a graph and replayed. Models look at values while they build attention masks, which cannot be captured: blocks are given the
+arguments that an ordinary pass gave them.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import kl_div
+
+from mobiquant import blocks
+from mobiquant.calibrate.latent import Depth
+
+WARM_UP = 2
+
+
+class Passes:
+    """Passes run as they are; gradients are added to the `.grad` of whatever of the student requires them."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, depth: Depth, power: float):
+        self.student, self.teacher, self.depth, self.power = student, teacher, depth, power
+        self.wanted: Tensor = torch.empty(0)
+
+    @staticmethod
+    def lower(tokens: Tensor) -> Any:
+        """Products in bf16 on CUDA; weights are cast anew each time, since a cast kept would be one of another depth."""
+        return torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if tokens.is_cuda else nullcontext()
+
+    @torch.no_grad()
+    def teach(self, tokens: Int[Tensor, "S L"]) -> None:
+        """Predict a batch with the float model."""
+        self.tokens = tokens
+        with self.lower(tokens):
+            logits = self.teacher(tokens, use_cache=False).logits
+        self.wanted = logits.float().log_softmax(-1).flatten(0, 1)
+
+    @torch.enable_grad()
+    def learn(self, depth: int) -> Float[Tensor, ""]:
+        """Add the gradients of the batch read at a depth; returns the divergence in nats a token."""
+        self.depth.value = depth
+        with self.lower(self.tokens):
+            logits = self.student(self.tokens, use_cache=False).logits
+        made = logits.float().log_softmax(-1).flatten(0, 1)
+        divergence = kl_div(made, self.wanted, reduction="batchmean", log_target=True)
+        # bf16 may make the divergence of equal models negative
+        kept = divergence.clamp_min(1e-6)
+        (kept.pow(self.power) / self.power if self.power else kept.log()).backward()
+        return divergence.detach()
+
+
+class CapturedPasses(Passes):
+    """Passes on CUDA replayed as graphs, for batches of one shape; `.grad` of the student must be there and stay in place."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, depth: Depth, power: float, tokens: Int[Tensor, "S L"]):
+        super().__init__(student, teacher, depth, power)
+        self.tokens = tokens.clone()
+        self.pool = torch.cuda.graph_pool_handle()
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.made: dict[int, Tensor] = {}
+
+    def _replay(self, key: int, work: Callable[[], Tensor]) -> Tensor:
+        if key not in self.graphs:
+            kept = [(p, p.grad.clone()) for p in self.student.parameters() if p.grad is not None]
+            beside = torch.cuda.Stream()
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):
+                for _ in range(WARM_UP):
+                    work()
+            torch.cuda.current_stream().wait_stream(beside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                self.made[key] = work()
+            self.graphs[key] = graph
+            for parameter, gradient in kept:
+                parameter.grad.copy_(gradient)  # type: ignore[union-attr]
+        self.graphs[key].replay()
+        return self.made[key]
+
+    @torch.no_grad()
+    def teach(self, tokens: Int[Tensor, "S L"]) -> None:
+        """As `Passes.teach`."""
+        self.tokens.copy_(tokens)
+        self._replay(0, self._predict)
+
+    def _predict(self) -> Tensor:
+        super().teach(self.tokens)
+        return self.wanted
+
+    def learn(self, depth: int) -> Float[Tensor, ""]:
+        """As `Passes.learn`."""
+        return self._replay(depth, lambda: super(CapturedPasses, self).learn(depth)).clone()
+
+
+@contextmanager
+def steady(model: nn.Module, tokens: Int[Tensor, "S L"]) -> Iterator[None]:
+    """While open, the blocks of `model` get the arguments that an ordinary pass over `tokens` gives them."""
+    _, stack = blocks.find_blocks(model)
+    originals = [block.forward for block in stack]
+    held: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def recording(index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            held[index] = args[1:], {key: value for key, value in kwargs.items() if key != "hidden_states"}
+            return originals[index](*args, **kwargs)
+
+        return forward
+
+    def steadied(index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            return originals[index](hidden, *held[index][0], **held[index][1])
+
+        return forward
+
+    try:
+        for index, block in enumerate(stack):
+            block.forward = recording(index)
+        with torch.no_grad(), Passes.lower(tokens):
+            model(tokens, use_cache=False)
+        for index, block in enumerate(stack):
+            block.forward = steadied(index)
+        yield
+    finally:
+        for block in stack:
+            block.__dict__.pop("forward", None)
