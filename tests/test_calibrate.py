@@ -74,7 +74,7 @@ def test_regressed_routers_beat_a_constant_on_tokens_they_have_not_seen():
     # few directions carry most energy, as in real activations
     x = normal(2000, 4, seed=2) * torch.tensor([6.0, 3.0, 2.0, 1.0]) @ normal(4, 32, seed=3) + normal(2000, 32, seed=4) * 0.3
     target = routers.targets(x, weight, reads)
-    fitted = routers.fit(x[:1500], target[:1500], form)
+    fitted = routers.fit(x[:1500], target[:1500], x[:2], form)
     assert routers.explained(router.scores(x[1500:], fitted), target[1500:]) > 0.5
     constant = target[:1500].mean(0).expand(500, -1)
     assert routers.explained(constant, target[1500:]) < 0.05

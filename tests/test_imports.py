@@ -26,7 +26,7 @@ ORDER = (
     "integration|data",
     "calibrate.streams|calibrate.routers|calibrate.latent|calibrate.work",
     "calibrate.fast|calibrate.nested|calibrate.passes",
-    "calibrate.paper|calibrate.thresholds|calibrate.distill",
+    "calibrate.paper|calibrate.thresholds|calibrate.distill|calibrate.sensitivity",
     "calibrate.full",
     "calibrate",
     "evaluate",

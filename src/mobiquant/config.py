@@ -125,8 +125,8 @@ class Training:
     """How the full recipe trains; a stage with no steps is left out.
 
     Rates are those of AdamW: of the places of weights and of zero points in base steps, of the logarithm of scales. The
-    divergence of each depth enters the loss as `KL^loss_power / loss_power`, its logarithm at 0. `budget_minutes` bounds the
-    whole recipe by giving its stages fewer steps.
+    divergence of each depth enters the loss as `KL^loss_power / loss_power`, its logarithm at 0. With `sensitivity` routers
+    compare layers by what each is worth to the model. `budget_minutes` bounds the whole recipe by giving its stages fewer steps.
     """
 
     block_steps: int = 200
@@ -139,6 +139,7 @@ class Training:
     zero_rate: float = 1e-3
     loss_power: float = 0.5
     clip_norm: float = 1.0
+    sensitivity: bool = True
     budget_minutes: float | None = None
 
     def __post_init__(self) -> None:

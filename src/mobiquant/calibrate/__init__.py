@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from mobiquant import blocks, budget, data, integration, quantizer
 from mobiquant.calibrate import fast, full, paper, work
+from mobiquant.calibrate.passes import Pair
 from mobiquant.calibrate.streams import Stage, Streams
 from mobiquant.calibrate.thresholds import Measured
 from mobiquant.calibrate.work import Work
@@ -106,7 +107,8 @@ def _run_full(
             copied = deepcopy(model)
             quantizer.make_quantized(copied, stored, tokenizer, log)
             copied.save_pretrained(start)
-    stored, more = full.train(model, original, every, tokens, stored, settings, training, device, work, started, progress)
+    plan = full.Plan(training, started, work)
+    stored, more = full.Run(Pair.of(model, original), stored, every, tokens, settings, plan, device, progress).train()
     _wire(model, Precision(form.widths))
     return stored, log + more
 

@@ -10,7 +10,7 @@ recomputed in the backward pass; the log and a notice say so.
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import psutil
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from mobiquant.calibrate.latent import Depth, LatentLinear, load_tensors, project, tensors
 from mobiquant.calibrate.nested import Draws, generator_for, optimizer_for, set_rate
-from mobiquant.calibrate.passes import CapturedPasses, Passes, steady
+from mobiquant.calibrate.passes import CapturedPasses, Pair, Passes, steady
 from mobiquant.calibrate.work import Work
 from mobiquant.config import Format, Training
 from mobiquant.progress import Report, by_width
@@ -56,8 +56,7 @@ def keep_blocks(stack: nn.ModuleList) -> None:
 
 
 def distill(
-    student: nn.Module,
-    teacher: nn.Module,
+    pair: Pair,
     latents: dict[str, LatentLinear],
     depth: Depth,
     windows: Int[Tensor, "S L"],
@@ -68,7 +67,7 @@ def distill(
     weights: bool,
     progress: Report,
 ) -> list[dict[str, Any]]:
-    """Train the latents of `student`, both models on one device; returns the losses of each save. Goes on from `work`."""
+    """Train the latents of the student, both models on one device; returns the losses of each save. Goes on from `work`."""
     device, draws, steps = windows.device, Draws.of(form.widths), training.distill_steps
     for latent in latents.values():
         latent.position.requires_grad_(weights)
@@ -80,7 +79,7 @@ def distill(
     sums: dict[int, list[float]] = {}
     recent: dict[int, float] = {}
     count = min(training.depths_per_step, len(form.widths))
-    with repeatable(device), _passes(student, teacher, depth, windows[: training.distill_batch], training, weights) as passes:
+    with repeatable(device), _passes(pair, depth, windows[: training.distill_batch], training, weights) as passes:
         for step in range(first, steps):
             generator = generator_for(seed, NAME, 0, step)
             picked = draws.pick(generator, count)
@@ -124,17 +123,13 @@ def repeatable(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _passes(
-    student: nn.Module, teacher: nn.Module, depth: Depth, tokens: Int[Tensor, "S L"], training: Training, weights: bool
-) -> Iterator[Passes]:
+def _passes(pair: Pair, depth: Depth, tokens: Int[Tensor, "S L"], training: Training, weights: bool) -> Iterator[Passes]:
     """Passes over batches like `tokens`, captured on CUDA unless blocks are recomputed."""
-    with ExitStack() as stack:
-        if not tokens.is_cuda or not weights:
-            yield Passes(student, teacher, depth, training.loss_power)
-            return
-        for model in (student, teacher):
-            stack.enter_context(steady(model, tokens))
-        yield CapturedPasses(student, teacher, depth, training.loss_power, tokens)
+    if not tokens.is_cuda or not weights:
+        yield Passes(pair, depth, training.loss_power)
+        return
+    with steady(pair.student, pair.stack, tokens), steady(pair.teacher, pair.originals, tokens):
+        yield CapturedPasses(pair, depth, training.loss_power, tokens)
 
 
 def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

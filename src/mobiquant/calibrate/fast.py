@@ -22,7 +22,7 @@ from torch import Tensor
 from mobiquant import blocks, clip, compensate, router
 from mobiquant import slices as s
 from mobiquant.calibrate import routers
-from mobiquant.calibrate.streams import FLOAT, Reading, Stage, Streams, fixed
+from mobiquant.calibrate.streams import FLOAT, Reading, Sample, Stage, Streams, fixed
 from mobiquant.config import Calibration, Format
 from mobiquant.linear import MobiLinear
 
@@ -113,27 +113,30 @@ def install(stage: Stage, names: list[str], grid: compensate.Grid, code: Tensor,
 def fit_routers(
     names: list[str],
     layers: list[MobiLinear],
-    sample: Float[Tensor, "T K"],
+    sample: Sample,
     weight: Float[Tensor, "N K"],
     reads: Float[Tensor, "E N K"],
     form: Format,
+    offset: Float[Tensor, " R"] | None = None,
 ) -> list[Fitted]:
     """Fit the routers of the layers of one input, whose rows lie one after another in `weight` and `reads`."""
     if form.routers == "per-input":
-        return [_route(names, layers[0], sample, weight, reads, form)]
+        return [_route(names, layers[0], sample, weight, reads, form, offset)]
     fitted: list[Fitted] = []
     start = 0
     for name, layer in zip(names, layers, strict=True):
         rows = slice(start, start + layer.out_features)
-        fitted.append(_route([name], layer, sample, weight[rows], reads[:, rows], form))
+        fitted.append(_route([name], layer, sample, weight[rows], reads[:, rows], form, offset))
         start = rows.stop
     return fitted
 
 
-def _route(names: list[str], owner: MobiLinear, sample: Tensor, weight: Tensor, reads: Tensor, form: Format) -> Fitted:
-    target = routers.targets(sample, weight, reads)
-    fitted = routers.fit(sample, target, form)
+def _route(
+    names: list[str], owner: MobiLinear, sample: Sample, weight: Tensor, reads: Tensor, form: Format, offset: Tensor | None
+) -> Fitted:
+    target = routers.targets(sample.tokens, weight, reads, offset)
+    fitted = routers.fit(sample.tokens, target, sample.firsts, form)
     owner.set_router(fitted)
     with torch.no_grad():
-        scores = router.scores(sample, fitted)
+        scores = router.scores(sample.tokens, fitted)
         return Fitted(tuple(names), weight.numel(), scores.cpu(), routers.explained(scores, target))

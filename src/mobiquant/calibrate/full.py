@@ -2,24 +2,25 @@
 
 1. nested block training, block by block over all depths (`nested`);
 2. end-to-end training against the float model (`distill`);
-3. routers and thresholds anew, by regression on the trained codes (`routers`, `thresholds`).
+3. what each slice of each layer is worth to the model (`sensitivity`), then routers and thresholds anew, by regression on the
+   trained codes (`routers`, `thresholds`).
 
 Stages are left out by giving them no steps. With a work folder a killed run goes on where it was and ends with the same bytes.
 """
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from mobiquant import blocks
-from mobiquant.calibrate import distill, fast, nested
+from mobiquant.calibrate import distill, fast, nested, sensitivity
 from mobiquant.calibrate.latent import Depth, open_latents
 from mobiquant.calibrate.nested import NestedStage
+from mobiquant.calibrate.passes import Pair
 from mobiquant.calibrate.streams import Stage, Streams
 from mobiquant.calibrate.thresholds import Measured
 from mobiquant.calibrate.work import Work
@@ -50,116 +51,132 @@ class Plan:
         return asked
 
 
-def train(
-    model: PreTrainedModel,
-    original: PreTrainedModel,
-    windows: Int[Tensor, "W L"],
-    tokens: Int[Tensor, "S L"],
-    stored: Checkpoint,
-    settings: Calibration,
-    training: Training,
-    device: torch.device,
-    work: Work,
-    started: float,
-    progress: Report,
-) -> tuple[Checkpoint, list[dict[str, Any]]]:
-    """Train the layers of a model that `fast` has quantised; returns what to store and the log.
+@dataclass(frozen=True)
+class Run:
+    """One run of the recipe on a model that `fast` has quantised.
 
-    `original` is the float model, `tokens` are for blocks and routers, `windows` (all of the text) for the end-to-end stage.
+    `tokens` are for blocks and routers, `windows` (all of the text) for the end-to-end stage.
     """
-    form, plan, log = stored.format, Plan(training, started, work), []
-    root, originals = blocks.find_blocks(original)
-    stack: nn.ModuleList = model.get_submodule(root)  # type: ignore[assignment]
-    hidden, calls = blocks.capture(original, tokens, device, settings.batch)
-    if training.block_steps:
-        log += _blocks(originals, stack, hidden, calls, form, settings, plan, device, progress)
-    if training.distill_steps:
-        log += _end_to_end(model, original, stack, windows, form, settings, plan, device, progress)
-    fitted, explained = _routers(originals, stack, root, hidden, calls, stored, settings, device, progress)
-    measured = Measured(hidden, form, fitted)
-    measured.run(stack, calls, device, progress)
-    return replace(stored, thresholds=measured.table()), log + explained
 
+    pair: Pair
+    stored: Checkpoint
+    windows: Int[Tensor, "W L"]
+    tokens: Int[Tensor, "S L"]
+    settings: Calibration
+    plan: Plan
+    device: torch.device
+    progress: Report
 
-def _blocks(
-    originals: nn.ModuleList,
-    stack: nn.ModuleList,
-    hidden: Float[Tensor, "S L D"],
-    calls: blocks.Calls,
-    form: Format,
-    settings: Calibration,
-    plan: Plan,
-    device: torch.device,
-    progress: Report,
-) -> list[dict[str, Any]]:
-    """Train every block in order."""
+    @property
+    def form(self) -> Format:
+        """How weights are stored."""
+        return self.stored.format
 
-    def trial() -> float:
-        streams = Streams(hidden, nested.readings(form), settings.batch, device)
-        stage = NestedStage(originals[0], stack[0], 0, calls, device)
-        begun = time.monotonic()
-        nested.train_block(stage, streams, form, replace(plan.training, block_steps=TRIAL_STEPS), settings.seed)
-        return (time.monotonic() - begun) / TRIAL_STEPS
+    def train(self) -> tuple[Checkpoint, list[dict[str, Any]]]:
+        """Train the layers of the student; returns what to store and the log."""
+        training, log = self.plan.training, []
+        hidden, calls = blocks.capture(self.pair.teacher, self.tokens, self.device, self.settings.batch)
+        if training.block_steps:
+            log += self._blocks(hidden, calls)
+        if training.distill_steps:
+            log += self._end_to_end()
+        offsets = self._offsets() if training.sensitivity else {}
+        fitted = self._routers(hidden, calls, offsets)
+        measured = Measured(hidden, self.form, fitted)
+        measured.run(self.pair.stack, calls, self.device, self.progress)
+        log += [{"input": one.names[0], "router_explains": round(one.explains, 4)} for one in fitted]
+        return replace(self.stored, thresholds=measured.table()), log
 
-    steps = plan.steps("blocks", plan.training.block_steps, BLOCK_SHARE, len(stack), trial)
-    training, log = replace(plan.training, block_steps=steps), []
-    streams = Streams(hidden, nested.readings(form), settings.batch, device)
-    for index, (original, quantised) in enumerate(zip(originals, stack, strict=True)):
-        stage = NestedStage(original, quantised, index, calls, device)
-        entries = nested.block(stage, streams, form, training, settings.seed, plan.work)
-        log += entries
-        nested.finish_block(stage, quantised)
-        last = {entry["bits"]: entry["last"] for entry in entries if entry["last"] is not None}
-        progress("training blocks", index + 1, len(stack), f"error {by_width(last)}")
-    return log
+    def _blocks(self, hidden: Float[Tensor, "S L D"], calls: blocks.Calls) -> list[dict[str, Any]]:
+        """Train every block in order."""
+        form, plan, device, seed = self.form, self.plan, self.device, self.settings.seed
+        pairs = list(zip(self.pair.originals, self.pair.stack, strict=True))
 
+        def trial() -> float:
+            streams = Streams(hidden, nested.readings(form), self.settings.batch, device)
+            stage = NestedStage(*pairs[0], 0, calls, device)
+            begun = time.monotonic()
+            nested.train_block(stage, streams, form, replace(plan.training, block_steps=TRIAL_STEPS), seed)
+            return (time.monotonic() - begun) / TRIAL_STEPS
 
-def _end_to_end(
-    model: PreTrainedModel,
-    original: PreTrainedModel,
-    stack: nn.ModuleList,
-    windows: Int[Tensor, "W L"],
-    form: Format,
-    settings: Calibration,
-    plan: Plan,
-    device: torch.device,
-    progress: Report,
-) -> list[dict[str, Any]]:
-    """Train all layers against the float model, then put them back."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, MobiLinear)}
-    count = sum(layer.in_features * layer.out_features for layer in layers.values())
-    depth, dtype = Depth(1), next(model.parameters()).dtype
-    latents = open_latents(model, depth)
-    weights = distill.fits(count, device)
-    if not weights:
-        distill.notice_of_fallback(count, device)
-        distill.recompute_blocks(stack)
-    model.float().to(device).requires_grad_(False)
-    original.to(device).requires_grad_(False)
-    for latent in latents.values():
-        latent.requires_grad_(True)
-    everything = (model, original, latents, depth, windows.to(device), form)
+        steps = plan.steps("blocks", plan.training.block_steps, BLOCK_SHARE, len(pairs), trial)
+        training, log = replace(plan.training, block_steps=steps), []
+        streams = Streams(hidden, nested.readings(form), self.settings.batch, device)
+        for index, (original, quantised) in enumerate(pairs):
+            stage = NestedStage(original, quantised, index, calls, device)
+            entries = nested.block(stage, streams, form, training, seed, plan.work)
+            log += entries
+            nested.finish_block(stage, quantised)
+            last = {entry["bits"]: entry["last"] for entry in entries if entry["last"] is not None}
+            self.progress("training blocks", index + 1, len(pairs), f"error {by_width(last)}")
+        return log
 
-    def trial() -> float:
-        begun = time.monotonic()
-        distill.distill(
-            *everything, replace(plan.training, distill_steps=TRIAL_STEPS, position_rate=0.0, scale_rate=0.0, zero_rate=0.0),
-            settings.seed, Work(None, {}, False), weights, lambda *_: None,
-        )  # fmt: skip
-        return (time.monotonic() - begun) / TRIAL_STEPS
+    def _end_to_end(self) -> list[dict[str, Any]]:
+        """Train all layers against the float model, then put them back."""
+        model, original, plan, device = self.pair.student, self.pair.teacher, self.plan, self.device
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, MobiLinear)}
+        count = sum(layer.in_features * layer.out_features for layer in layers.values())
+        depth, dtype = Depth(1), next(model.parameters()).dtype
+        latents = open_latents(model, depth)
+        weights = distill.fits(count, device)
+        if not weights:
+            distill.notice_of_fallback(count, device)
+            distill.recompute_blocks(self.pair.stack)
+        model.float().to(device).requires_grad_(False)
+        original.to(device).requires_grad_(False)
+        for latent in latents.values():
+            latent.requires_grad_(True)
+        everything = (self.pair, latents, depth, self.windows.to(device), self.form)
 
-    steps = plan.steps("distillation", plan.training.distill_steps, DISTILL_SHARE, 1, trial)
-    training = replace(plan.training, distill_steps=steps)
-    log = distill.distill(*everything, training, settings.seed, plan.work, weights, progress)
-    if not weights:
-        distill.keep_blocks(stack)
-    for name, latent in latents.items():
-        latent.to(torch.device("cpu"))
-        latent.store(layers[name])
-        blocks.replace(model, name, layers[name])
-    model.to(dtype).to("cpu")
-    original.to("cpu")
-    return log
+        def trial() -> float:
+            still = replace(plan.training, distill_steps=TRIAL_STEPS, position_rate=0.0, scale_rate=0.0, zero_rate=0.0)
+            begun = time.monotonic()
+            distill.distill(*everything, still, self.settings.seed, Work(None, {}, False), weights, lambda *_: None)
+            return (time.monotonic() - begun) / TRIAL_STEPS
+
+        steps = plan.steps("distillation", plan.training.distill_steps, DISTILL_SHARE, 1, trial)
+        training = replace(plan.training, distill_steps=steps)
+        log = distill.distill(*everything, training, self.settings.seed, plan.work, weights, self.progress)
+        if not weights:
+            distill.keep_blocks(self.pair.stack)
+        for name, latent in latents.items():
+            latent.to(torch.device("cpu"))
+            latent.store(layers[name])
+            blocks.replace(model, name, layers[name])
+        model.to(dtype).to("cpu")
+        original.to("cpu")
+        return log
+
+    def _offsets(self) -> dict[str, Float[Tensor, " R"]]:
+        """What the slices of each input's layers are worth, as offsets of scores."""
+        gains = sensitivity.gains(self.pair, self.tokens, self.form, self.device, self.progress)
+        layers = dict(self.pair.student.named_modules())
+        sizes = {name: layers[name].in_features * layers[name].out_features for name in gains}  # type: ignore[operator]
+        return sensitivity.offsets(gains, self.stored.inputs, sizes)
+
+    def _routers(
+        self, hidden: Float[Tensor, "S L D"], calls: blocks.Calls, offsets: dict[str, Float[Tensor, " R"]]
+    ) -> list[fast.Fitted]:
+        """Fit all routers to the codes as they are now."""
+        form, fitted, pair = self.form, [], self.pair
+        streams = Streams(hidden, fast.readings(form), self.settings.batch, self.device)
+        for index, (original, quantised) in enumerate(zip(pair.originals, pair.stack, strict=True)):
+            stage, head = _Pair(original, quantised, index, calls, self.device), f"{pair.root}.{index}."
+            for full_names in [names for names in self.stored.inputs if names[0].startswith(head)]:
+                names = [name.removeprefix(head) for name in full_names]
+                layers = [stage.student.get_submodule(name) for name in names]
+                weight = torch.cat([blocks.weight_of(stage.teacher.get_submodule(name)) for name in names])
+                depths = range(1, len(form.slices) + 1)
+                reads = torch.stack([torch.cat([layer.packed().read(d) for layer in layers]) for d in depths])  # type: ignore
+                with torch.no_grad():
+                    sample, offset = streams.sample(stage, names[0]), offsets.get(full_names[0])
+                    fitted += fast.fit_routers(names, layers, sample, weight, reads, form, offset)  # type: ignore[arg-type]
+                for name, layer in zip(names, layers, strict=True):
+                    if layer.router_names:
+                        quantised.get_submodule(name).set_router(layer.get_router())  # type: ignore[operator]
+            streams.advance(stage)
+            self.progress("fitting routers", index + 1, len(pair.stack))
+        return fitted
 
 
 class _Pair(Stage):
@@ -172,35 +189,3 @@ class _Pair(Stage):
         self.precision = Precision(form.widths)
         self.teacher = float_stage.teacher
         self.student = Stage(quantised, index, calls, self.precision, device).teacher
-
-
-def _routers(
-    originals: nn.ModuleList,
-    stack: nn.ModuleList,
-    root: str,
-    hidden: Float[Tensor, "S L D"],
-    calls: blocks.Calls,
-    stored: Checkpoint,
-    settings: Calibration,
-    device: torch.device,
-    progress: Report,
-) -> tuple[list[fast.Fitted], list[dict[str, Any]]]:
-    """Fit all routers to the codes as they are now."""
-    form, fitted = stored.format, []
-    streams = Streams(hidden, fast.readings(form), settings.batch, device)
-    for index, (original, quantised) in enumerate(zip(originals, stack, strict=True)):
-        stage, head = _Pair(original, quantised, index, calls, device), f"{root}.{index}."
-        for names in [[n.removeprefix(head) for n in names] for names in stored.inputs if names[0].startswith(head)]:
-            layers = [stage.student.get_submodule(name) for name in names]
-            weight = torch.cat([blocks.weight_of(stage.teacher.get_submodule(name)) for name in names])
-            depths = range(1, len(form.slices) + 1)
-            reads = torch.stack([torch.cat([layer.packed().read(d) for layer in layers]) for d in depths])  # type: ignore
-            with torch.no_grad():
-                fitted += fast.fit_routers(names, layers, streams.sample(stage, names[0]), weight, reads, form)  # type: ignore
-            for name, layer in zip(names, layers, strict=True):
-                if layer.router_names:
-                    quantised.get_submodule(name).set_router(layer.get_router())  # type: ignore[operator]
-        streams.advance(stage)
-        progress("fitting routers", index + 1, len(stack))
-    log = [{"input": one.names[0], "router_explains": round(one.explains, 4)} for one in fitted]
-    return fitted, log

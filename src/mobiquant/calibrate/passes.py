@@ -11,12 +11,14 @@ arguments that an ordinary pass gave them.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
+from transformers import PreTrainedModel
 
 from mobiquant import blocks
 from mobiquant.calibrate.latent import Depth
@@ -24,11 +26,28 @@ from mobiquant.calibrate.latent import Depth
 WARM_UP = 2
 
 
+@dataclass(frozen=True)
+class Pair:
+    """A quantised model in training beside the float model, and the blocks of both, which lie at `root`."""
+
+    student: PreTrainedModel
+    teacher: PreTrainedModel
+    root: str
+    stack: nn.ModuleList
+    originals: nn.ModuleList
+
+    @classmethod
+    def of(cls, student: PreTrainedModel, teacher: PreTrainedModel) -> "Pair":
+        """The pair of two models of one architecture."""
+        root, originals = blocks.find_blocks(teacher)
+        return cls(student, teacher, root, student.get_submodule(root), originals)  # type: ignore[arg-type]
+
+
 class Passes:
     """Passes run as they are; gradients are added to the `.grad` of whatever of the student requires them."""
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, depth: Depth, power: float):
-        self.student, self.teacher, self.depth, self.power = student, teacher, depth, power
+    def __init__(self, pair: Pair, depth: Depth, power: float):
+        self.student, self.teacher, self.depth, self.power = pair.student, pair.teacher, depth, power
         self.wanted: Tensor = torch.empty(0)
 
     @staticmethod
@@ -61,8 +80,8 @@ class Passes:
 class CapturedPasses(Passes):
     """Passes on CUDA replayed as graphs, for batches of one shape; `.grad` of the student must be there and stay in place."""
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, depth: Depth, power: float, tokens: Int[Tensor, "S L"]):
-        super().__init__(student, teacher, depth, power)
+    def __init__(self, pair: Pair, depth: Depth, power: float, tokens: Int[Tensor, "S L"]):
+        super().__init__(pair, depth, power)
         self.tokens = tokens.clone()
         self.pool = torch.cuda.graph_pool_handle()
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -102,9 +121,8 @@ class CapturedPasses(Passes):
 
 
 @contextmanager
-def steady(model: nn.Module, tokens: Int[Tensor, "S L"]) -> Iterator[None]:
-    """While open, the blocks of `model` get the arguments that an ordinary pass over `tokens` gives them."""
-    _, stack = blocks.find_blocks(model)
+def steady(model: nn.Module, stack: nn.ModuleList, tokens: Int[Tensor, "S L"]) -> Iterator[None]:
+    """While open, the blocks `stack` of `model` get the arguments that an ordinary pass over `tokens` gives them."""
     originals = [block.forward for block in stack]
     held: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 

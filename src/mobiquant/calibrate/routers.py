@@ -4,7 +4,11 @@ For a token x and the layers that read it, `gain_e = |x D_e^T|^2 - |x D_(e+1)^T|
 the logarithm of the gain, relative to its mean over tokens, minus `GAP` for each slice before. So every layer spends the
 budget alike, at any threshold tokens differ by at most about one slice, and where the budget is a width of the format every
 token reads that width. Gains compared across layers or slices, by the energy of the output, lost to fixed depths (46 against 36
-perplexity at 3 bits, `docs/method.md`): what a layer's output error does to the model is not in them.
+perplexity at 3 bits, `docs/method.md`): what a layer's output error does to the model is not in them. Where that was measured
+(`sensitivity`), its logarithm is added, and the budget goes to the layers that need it.
+
+The first token of a sequence gains little by that measure and is the last that may be read at fewer bits, since all others
+attend to it: leaving it alone at 2 bits cost 7 % at 3 (`docs/method.md`). It is fitted to a score above all others.
 
 How: gains are quadratic forms of x, so the hidden layer starts with pairs of directions `+v, -v` in which the gains vary most,
 the output layer is solved in closed form, and a few full-batch steps of L-BFGS polish both. No gate can collapse: nothing is
@@ -23,17 +27,33 @@ from mobiquant.config import Format
 STEPS, RIDGE, ITERATIONS = 20, 1e-2, 8
 # distance of the slices' mean scores; the scores of one slice spread by about 0.5 over tokens
 GAP = 4.0
+# tokens of one slice are this many times as far apart as the logarithms of their gains
+SPREAD = 1.0
+# one part in so many of what a router is fitted to are first tokens
+FIRSTS = 16
 
 
 @torch.no_grad()
-def targets(x: Float[Tensor, "T K"], weight: Float[Tensor, "N K"], reads: Float[Tensor, "E N K"]) -> Float[Tensor, "T R"]:
-    """Log gain of every residual slice and token, relative to the slice's mean; `GAP` lower from slice to slice."""
+def targets(
+    x: Float[Tensor, "T K"],
+    weight: Float[Tensor, "N K"],
+    reads: Float[Tensor, "E N K"],
+    offset: Float[Tensor, " R"] | None = None,
+) -> Float[Tensor, "T R"]:
+    """Score wanted of every residual slice for each token: its log gain relative to the slice's mean, `GAP` lower from slice to
+    slice, plus the `offset` of each slice."""
     error = torch.stack([_energy(x, read - weight) for read in reads], 1)  # [T, E]
     gain = error[:, :-1] - error[:, 1:]
     # a gain below a thousandth of the usual one is noise
     level = gain.maximum(gain.mean(0).clamp_min(1e-30) * 1e-3).log()
-    apart = GAP * torch.arange(level.shape[1], device=x.device)
-    return (level - level.mean(0)).clamp(-GAP / 2, GAP / 2) - apart
+    level = (level - level.mean(0)).mul(SPREAD).clamp(-GAP / 2, GAP / 2)
+    return level + _means(level, offset)
+
+
+def _means(like: Float[Tensor, "T R"], offset: Float[Tensor, " R"] | None) -> Float[Tensor, " R"]:
+    """Mean score of each slice, falling."""
+    apart = -GAP * torch.arange(like.shape[1], device=like.device)
+    return apart if offset is None else (apart + offset.to(like.device)).cummin(0).values
 
 
 def _energy(x: Float[Tensor, "T K"], matrix: Float[Tensor, "N K"]) -> Float[Tensor, " T"]:
@@ -43,14 +63,14 @@ def _energy(x: Float[Tensor, "T K"], matrix: Float[Tensor, "N K"]) -> Float[Tens
     return (x @ matrix.T).square().sum(1)
 
 
-def fit(x: Float[Tensor, "T K"], target: Float[Tensor, "T R"], form: Format) -> router.Router:
-    """Router whose scores lie nearest to the targets in the mean square; deterministic."""
-    hidden = form.router_hidden
-    f, log_rms = router.features(x)
+def fit(x: Float[Tensor, "T K"], target: Float[Tensor, "T R"], firsts: Float[Tensor, "F K"], form: Format) -> router.Router:
+    """Router whose scores lie nearest to the targets in the mean square, those of first tokens above all; deterministic."""
     with torch.no_grad():
-        weight = _directions(f, target, hidden)
-        spread = (f @ weight.T).std(0).clamp_min(1e-6)
-        params = [weight * (2.0 / spread)[:, None], torch.zeros(hidden, device=x.device), torch.zeros(hidden, device=x.device)]
+        params = _start(x, target, firsts, form.router_hidden)
+        often = -(-x.shape[0] // (FIRSTS * firsts.shape[0]))
+        top = (target.mean(0) + GAP / 2).expand(often * firsts.shape[0], -1)
+        x, target = torch.cat([x, firsts.repeat(often, 1)]), torch.cat([target, top])
+        f, log_rms = router.features(x)
         # free outputs whose ordered scores are the targets
         steps = (target[:, :-1] - target[:, 1:]).clamp_min(1e-2)
         wanted = torch.cat([target[:, :1], steps + torch.log(-torch.expm1(-steps))], 1)
@@ -75,14 +95,30 @@ def _hidden(f: Tensor, log_rms: Tensor, weight: Tensor, rms: Tensor, bias: Tenso
     return f @ weight.T + log_rms * rms + bias
 
 
-def _directions(f: Float[Tensor, "T K"], target: Float[Tensor, "T R"], hidden: int) -> Float[Tensor, "h K"]:
+def _start(
+    x: Float[Tensor, "T K"], target: Float[Tensor, "T R"], firsts: Float[Tensor, "F K"], hidden: int
+) -> tuple[Float[Tensor, "h K"], Float[Tensor, " h"], Float[Tensor, " h"]]:
+    """Hidden layer to start from: weights, factors of the log energy and biases. The last unit tells first tokens from others."""
+    f, _ = router.features(x)
+    weight = _directions(f, target, hidden - 1)
+    weight = weight * (2.0 / (f @ weight.T).std(0).clamp_min(1e-6))[:, None]
+    apart = router.features(firsts)[0].mean(0) - f.mean(0)
+    # scaled so that the two means lie at -3 and 3
+    along = apart / f.var(0).clamp_min(1e-4)
+    along = along * (6 / (along @ apart).clamp_min(1e-6))
+    bias = torch.zeros(hidden, device=x.device)
+    bias[-1] = -3 - along @ f.mean(0)
+    return torch.cat([weight, along[None]]), torch.zeros(hidden, device=x.device), bias
+
+
+def _directions(f: Float[Tensor, "T K"], target: Float[Tensor, "T R"], count: int) -> Float[Tensor, "c K"]:
     """Pairs `+v, -v` of directions in which the second moment of tokens with a high target differs from that of the rest."""
     centred = target.mean(1) - target.mean()
     moment = f.T @ (f * (centred / centred.std().clamp_min(1e-6))[:, None]) / f.shape[0]
     scale = f.square().mean(0).sqrt().clamp_min(1e-4)
-    count = -(-hidden // 2)
-    direction = (_leading(moment / (scale[:, None] * scale), count) / scale[:, None]).T
-    return torch.cat([direction, -direction])[:hidden]
+    pairs = -(-count // 2)
+    direction = (_leading(moment / (scale[:, None] * scale), pairs) / scale[:, None]).T
+    return torch.cat([direction, -direction])[:count]
 
 
 def _leading(matrix: Float[Tensor, "K K"], count: int) -> Float[Tensor, "K c"]:

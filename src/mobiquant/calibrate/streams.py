@@ -8,6 +8,7 @@ device at a time.
 
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -19,6 +20,24 @@ from mobiquant.linear import MobiLinear, Precision
 Reading = tuple[float, int]
 FLOAT: Reading = (float("nan"), 0)
 ROUTER_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Inputs of a layer that a router is fitted on: first tokens of sequences, and others, spread over all streams.
+
+    All others attend to a first token, many of them for want of anything better (an attention sink), so it carries more
+    than those that come after it; with one in a sequence, a plain sample would hardly hold any.
+    """
+
+    tokens: Float[Tensor, "T K"]
+    firsts: Float[Tensor, "F K"]
+
+    @classmethod
+    def joined(cls, parts: "list[Sample]") -> "Sample":
+        """One sample of several, with at most `ROUTER_TOKENS` tokens."""
+        tokens = torch.cat([part.tokens for part in parts])
+        return cls(tokens[:ROUTER_TOKENS], torch.cat([part.firsts for part in parts]))
 
 
 def fixed(depth: int) -> Reading:
@@ -89,44 +108,47 @@ class Streams:
         return (slice(i, i + self.batch) for i in range(0, self.count, self.batch))
 
     @torch.no_grad()
-    def moments(self, stage: Stage, name: str) -> tuple[dict[Reading, Tensor], dict[Reading, Tensor], Float[Tensor, "T K"]]:
+    def moments(self, stage: Stage, name: str) -> tuple[dict[Reading, Tensor], dict[Reading, Tensor], Sample]:
         """Second moments of the inputs of a layer, and a sample of them; one stream must be FLOAT.
 
         Returns for each reading `H_e = X_e^T X_e` and `M_e = X^T X_e` [K, K], X the float inputs, both divided by the number of
-        tokens; and up to `ROUTER_TOKENS` inputs on the device, drawn in turn from all streams.
+        tokens; and a sample with up to `ROUTER_TOKENS` tokens on the device, drawn in turn from all streams.
         """
         own: dict[Reading, Tensor] = {}
         mixed: dict[Reading, Tensor] = {}
-        sample: list[Tensor] = []
+        sample: list[Sample] = []
         tokens = self.count * self.length
-        for number, part in enumerate(self.parts()):
+        for part in self.parts():
             x = stage.inputs(FLOAT, self.hidden[FLOAT][part], name)
             for reading in self.hidden:
                 x_e = x if reading is FLOAT else stage.inputs(reading, self.hidden[reading][part], name)
                 own[reading] = own.get(reading, 0) + x_e.T @ x_e / tokens
                 if reading is not FLOAT:
                     mixed[reading] = mixed.get(reading, 0) + x.T @ x_e / tokens
-                if reading is self._turn(number):
-                    sample.append(self._thinned(x_e))
-        return own, mixed, torch.cat(sample)[:ROUTER_TOKENS]
+                sample.append(self._thinned(x_e.view(-1, self.length, x_e.shape[1])[self._turn(reading)]))
+        return own, mixed, Sample.joined(sample)
 
     @torch.no_grad()
-    def sample(self, stage: Stage, name: str) -> Float[Tensor, "T K"]:
+    def sample(self, stage: Stage, name: str) -> Sample:
         """The sample of `moments` alone."""
-        found: list[Tensor] = []
-        for number, part in enumerate(self.parts()):
-            reading = self._turn(number)
-            found.append(self._thinned(stage.inputs(reading, self.hidden[reading][part], name)))
-        return torch.cat(found)[:ROUTER_TOKENS]
+        sample: list[Sample] = []
+        for part in self.parts():
+            for reading in self.hidden:
+                hidden = self.hidden[reading][part][self._turn(reading)]
+                if len(hidden):
+                    x = stage.inputs(reading, hidden, name)
+                    sample.append(self._thinned(x.view(len(hidden), self.length, -1)))
+        return Sample.joined(sample)
 
-    def _turn(self, number: int) -> Reading:
-        """The stream that batch `number` is sampled from."""
-        return list(self.hidden)[number % len(self.hidden)]
+    def _turn(self, reading: Reading) -> slice:
+        """The sequences of a batch that are sampled from a stream: streams take turns."""
+        return slice(list(self.hidden).index(reading), None, len(self.hidden))
 
-    def _thinned(self, x: Float[Tensor, "T K"]) -> Float[Tensor, "T1 K"]:
-        """As many inputs of a batch as make up `ROUTER_TOKENS` over all batches."""
-        wanted = -(-ROUTER_TOKENS * x.shape[0] // (self.count * self.length))
-        return x[:: max(x.shape[0] // wanted, 1)]
+    def _thinned(self, x: Float[Tensor, "S L K"]) -> Sample:
+        """Of some sequences the first tokens, and as many others as make up `ROUTER_TOKENS` over all sequences."""
+        step = max(1, self.count * (self.length - 1) // ROUTER_TOKENS)
+        # copies: a view would keep all of x
+        return Sample(x[:, 1:].flatten(0, 1)[::step].clone(), x[:, 0].clone())
 
     @torch.no_grad()
     def ahead(self, stage: Stage, reading: Reading) -> Float[Tensor, "S L D"]:
