@@ -15,7 +15,7 @@ from mobiquant import InputError, budget, clip, data, integration, router
 from mobiquant import slices as s
 from mobiquant.budget import checkpoint_of
 from mobiquant.calibrate import fast, routers
-from mobiquant.calibrate.streams import FLOAT, fixed
+from mobiquant.calibrate.streams import FLOAT, Stage, Streams, fixed
 from mobiquant.config import Calibration, Format
 
 BUDGETS = (2.25, 3, 3.5, 5, 7)
@@ -78,6 +78,54 @@ def test_regressed_routers_beat_a_constant_on_tokens_they_have_not_seen():
     assert routers.explained(router.scores(x[1500:], fitted), target[1500:]) > 0.5
     constant = target[:1500].mean(0).expand(500, -1)
     assert routers.explained(constant, target[1500:]) < 0.05
+
+
+def test_first_tokens_score_above_all_others_and_others_as_without_them():
+    form = Format(group_size=16, router_hidden=16)
+    weight = normal(24, 32, seed=1)
+    scale, zero = clip.min_max(weight, form.slices, form.group_size)
+    code = s.encode(weight, scale, zero, form.slices, form.group_size)
+    reads = torch.stack([s.dequantize(code, scale, zero, form.slices, form.group_size, e) for e in range(1, 6)])
+    x = normal(2000, 4, seed=2) * torch.tensor([6.0, 3.0, 2.0, 1.0]) @ normal(4, 32, seed=3) + normal(2000, 32, seed=4) * 0.3
+    # as after a norm: one large feature, little else
+    firsts = 0.1 * normal(32, 32, seed=5)
+    firsts[:, 7] += 5
+    target = routers.targets(x, weight, reads)
+    fitted = routers.fit(x, target, firsts[:16], form)
+    assert routers.explained(router.scores(x, fitted), target) > 0.5
+    unseen = router.scores(firsts[16:], fitted)
+    assert (unseen[:, 0].min() > router.scores(x, fitted)[:, 0]).float().mean() > 0.9
+
+
+def test_an_offset_moves_the_scores_of_a_layer_and_never_reverses_its_slices():
+    form = Format(group_size=16)
+    weight = normal(8, 16, seed=1)
+    scale, zero = clip.min_max(weight, form.slices, form.group_size)
+    code = s.encode(weight, scale, zero, form.slices, form.group_size)
+    reads = torch.stack([s.dequantize(code, scale, zero, form.slices, form.group_size, e) for e in range(1, 6)])
+    x = normal(64, 16, seed=2)
+    plain = routers.targets(x, weight, reads)
+    moved = routers.targets(x, weight, reads, torch.tensor([1.0, 0.5, 0.0, -1.0]))
+    assert torch.allclose(moved - plain, torch.tensor([1.0, 0.5, 0.0, -1.0]).expand(64, 4), atol=1e-5)
+    steep = routers.targets(x, weight, reads, torch.tensor([0.0, 9.0, 0.0, 0.0])).mean(0)
+    assert (steep[1:] <= steep[:-1] + 0.05).all()
+
+
+def test_a_sample_holds_all_first_tokens_and_no_other_twice():
+    hidden = torch.arange(6 * 8.0)[:, None].expand(-1, 4).reshape(6, 8, 4).contiguous()
+    streams = Streams(hidden, [FLOAT, fixed(1)], 4, torch.device("cpu"))
+
+    class Same(Stage):
+        def __init__(self):
+            pass
+
+        def inputs(self, reading, hidden, name):
+            return hidden.flatten(0, 1)
+
+    for sample in (streams.sample(Same(), "x"), streams.moments(Same(), "x")[2]):
+        assert sorted(sample.firsts[:, 0].tolist()) == [8.0 * i for i in range(6)]
+        others = sample.tokens[:, 0].tolist()
+        assert sorted(others) == [float(i) for i in range(48) if i % 8]
 
 
 def test_scores_of_slices_lie_apart_and_those_of_tokens_around_them():

@@ -13,7 +13,7 @@ import mobiquant
 from mobiquant import InputError, blocks, data
 from mobiquant import slices as s
 from mobiquant.budget import checkpoint_of
-from mobiquant.calibrate import distill, latent, nested, work
+from mobiquant.calibrate import distill, latent, nested, passes, sensitivity, work
 from mobiquant.calibrate.streams import FLOAT, Streams, fixed
 from mobiquant.cli import app
 from mobiquant.config import Format, Training
@@ -163,6 +163,52 @@ def test_end_to_end_training_comes_nearer_to_the_float_model(tmp_path):
 
     for bits, share in ((2, 0.7), (3, 0.9)):
         assert divergence(trained, bits) < share * divergence(start, bits)
+
+
+def test_the_power_of_the_loss_weighs_depths_and_a_steady_model_is_the_same_model(tmp_path):
+    made, original = torch.nn.Module.float(tiny.quantize(tmp_path, format=FORM)), tiny.model()
+    pair, depth, tokens = passes.Pair.of(made, original), latent.Depth(1), tiny.tokens(3, 16)
+    latents = latent.open_latents(made, depth)
+    first = next(iter(latents.values())).position
+    gradients, losses = {}, {}
+    for power in (1.0, 0.5, 0.0):
+        one = passes.Passes(pair, depth, power)
+        with passes.steady(made, pair.stack, tokens[:1]):
+            one.teach(tokens)
+            losses[power] = one.learn(2)
+        gradients[power], first.grad = first.grad.clone(), None
+    assert all("forward" not in block.__dict__ for block in pair.stack)
+    wanted = original(tokens).logits.log_softmax(-1)
+    plain = (wanted.exp() * (wanted - made(tokens).logits.log_softmax(-1))).sum(-1).mean()
+    assert losses[1.0].item() == pytest.approx(plain.item(), rel=1e-4)
+    plain.backward()
+    assert torch.allclose(gradients[1.0], first.grad, rtol=1e-3, atol=1e-7)
+    assert torch.allclose(gradients[0.5], first.grad / plain.sqrt(), rtol=1e-3, atol=1e-7)
+    assert torch.allclose(gradients[0.0], first.grad / plain, rtol=1e-3, atol=1e-7)
+
+
+def test_gains_of_layers_sum_to_the_fall_of_the_divergence(tmp_path):
+    made, original = tiny.quantize(tmp_path, format=FORM), tiny.model()
+    tokens = tiny.tokens(6, 16)
+    gains = sensitivity.gains(passes.Pair.of(made, original), tokens, FORM, torch.device("cpu"), lambda *_: None)
+    assert len(gains) == 14 and next(made.parameters()).dtype == next(tiny.quantize(tmp_path).parameters()).dtype
+    wanted = tiny.logits(original, tokens).double().log_softmax(-1)
+    fall = []
+    for depth in range(1, 6):
+        made.model.layers[0].mlp.up_proj.precision.set([float("-inf")], [depth])
+        made_log = tiny.logits(made, tokens).double().log_softmax(-1)
+        fall.append(float((wanted.exp() * (wanted - made_log)).sum(-1).mean()))
+    total = torch.stack(list(gains.values())).sum(0)
+    for i in range(2):
+        assert total[i].item() == pytest.approx(fall[i] - fall[i + 1], rel=0.25)
+
+
+def test_offsets_compare_gains_of_a_weight_with_a_floor():
+    gains = {"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([1.0, 1.0]), "c": torch.tensor([-1.0, 2.0])}
+    found = sensitivity.offsets(gains, [("a", "b"), ("c",)], {"a": 1, "b": 1, "c": 2})
+    # all layers: 3 and 4 over 4 weights
+    assert torch.allclose(found["a"], torch.tensor([2 / 0.75, 1.0]).log())
+    assert torch.allclose(found["c"], torch.tensor([sensitivity.FLOOR, 1.0]).log())
 
 
 # in the first block, before the end-to-end stage, in it

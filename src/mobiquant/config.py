@@ -126,12 +126,12 @@ class Training:
 
     Rates are those of AdamW: of the places of weights and of zero points in base steps, of the logarithm of scales. The
     divergence of each depth enters the loss as `KL^loss_power / loss_power`, its logarithm at 0. With `sensitivity` routers
-    compare layers by what each is worth to the model. `budget_minutes` bounds the whole recipe by giving its stages fewer steps.
+    compare layers by what each is worth to the model. `budget_minutes` bounds the whole recipe by taking fewer steps.
     """
 
-    block_steps: int = 200
+    block_steps: int = 100
     block_batch: int = 8
-    distill_steps: int = 1000
+    distill_steps: int = 1400
     distill_batch: int = 4
     depths_per_step: int = 8
     position_rate: float = 1e-3

@@ -8,7 +8,6 @@ recomputed in the backward pass; the log and a notice say so.
 """
 
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from mobiquant.calibrate.latent import Depth, LatentLinear, load_tensors, project, tensors
-from mobiquant.calibrate.nested import Draws, generator_for, optimizer_for, set_rate
+from mobiquant.calibrate.nested import Draws, generator_for, optimizer_for, repeatable, set_rate
 from mobiquant.calibrate.passes import CapturedPasses, Pair, Passes, steady
 from mobiquant.calibrate.work import Work
 from mobiquant.config import Format, Training
@@ -102,24 +101,6 @@ def distill(
                 work.save(NAME, lambda: {**tensors(latents), **_moments(optimizer)}, {"step": step + 1, "log": log})
             progress("training end to end", step + 1, steps, f"KL {by_width(recent)}")
     return log
-
-
-@contextmanager
-def repeatable(device: torch.device) -> Iterator[None]:
-    """On CUDA, operations that add in a fixed order, where there are such: a resumed run must end with the same bytes."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filling = torch.utils.deterministic.fill_uninitialized_memory
-    try:
-        with warnings.catch_warnings():
-            if device.type == "cuda":
-                # cuBLAS warns: its sums depend on the order only where several streams share a handle
-                warnings.filterwarnings("ignore", message=".*deterministic.*")
-                torch.use_deterministic_algorithms(True, warn_only=True)
-                torch.utils.deterministic.fill_uninitialized_memory = False
-            yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = filling
 
 
 @contextmanager

@@ -7,6 +7,9 @@ Choice: the error of a token is taken relative to the mean of its own energy and
 activations would own a plain mean square; a purely relative one lets tokens of no energy own it.
 """
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +50,29 @@ def generator_for(seed: int, stage: str, place: int, step: int = 0) -> torch.Gen
     """Randomness of one step: the same whenever and wherever the step is taken."""
     names = ("blocks", "distillation")
     return torch.Generator().manual_seed(((seed * 2 + names.index(stage)) * 10007 + place) * 1_000_003 + step)
+
+
+@contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """On CUDA, operations that add in a fixed order: a resumed run must end with the same bytes.
+
+    Raises RuntimeError in a model with an operation that has no such form.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filling = torch.utils.deterministic.fill_uninitialized_memory
+    # without a fixed workspace cuBLAS may add in another order, and torch refuses to call it
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    try:
+        # with warnings in place of errors, attention would keep its unordered sums
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filling
 
 
 def readings(form: Format) -> list[Reading]:
@@ -111,21 +137,23 @@ def train_block(stage: NestedStage, streams: Streams, form: Format, training: Tr
     wanted, draws = streams.ahead(stage, FLOAT), Draws.of(form.widths)
     optimizer, steps = optimizer_for(stage.latents, training), training.block_steps
     losses: list[tuple[int, float]] = []
-    for step in range(steps):
-        generator = generator_for(seed, "blocks", stage.index, step)
-        (depth,) = draws.pick(generator)
-        batch = torch.randperm(streams.count, generator=generator)[: training.block_batch].sort().values
-        reading = reading_of(depth, form)
-        hidden = streams.hidden[reading]
-        with torch.enable_grad():
-            made = stage.run(fixed(depth), hidden[batch.to(hidden.device)])
-            loss = relative_error(made, wanted[batch.to(wanted.device)].to(stage.device))
-            optimizer.zero_grad()
-            loss.backward()
-        set_rate(optimizer, step, steps)
-        optimizer.step()
-        project(stage.latents)
-        losses.append((depth, loss.detach().item()))
+    lower = torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if stage.device.type == "cuda" else nullcontext()
+    with repeatable(stage.device):
+        for step in range(steps):
+            generator = generator_for(seed, "blocks", stage.index, step)
+            (depth,) = draws.pick(generator)
+            batch = torch.randperm(streams.count, generator=generator)[: training.block_batch].sort().values
+            hidden = streams.hidden[reading_of(depth, form)]
+            with torch.enable_grad():
+                with lower:
+                    made = stage.run(fixed(depth), hidden[batch.to(hidden.device)])
+                loss = relative_error(made.float(), wanted[batch.to(wanted.device)].to(stage.device))
+                optimizer.zero_grad()
+                loss.backward()
+            set_rate(optimizer, step, steps)
+            optimizer.step()
+            project(stage.latents)
+            losses.append((depth, loss.detach().item()))
     quarter = max(1, steps // 4)
     return [
         {

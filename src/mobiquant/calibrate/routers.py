@@ -31,6 +31,8 @@ GAP = 4.0
 SPREAD = 1.0
 # one part in so many of what a router is fitted to are first tokens
 FIRSTS = 16
+# first tokens are told from others where their means are this many times as far apart as those of like tokens would be
+APART = 4.0
 
 
 @torch.no_grad()
@@ -66,10 +68,12 @@ def _energy(x: Float[Tensor, "T K"], matrix: Float[Tensor, "N K"]) -> Float[Tens
 def fit(x: Float[Tensor, "T K"], target: Float[Tensor, "T R"], firsts: Float[Tensor, "F K"], form: Format) -> router.Router:
     """Router whose scores lie nearest to the targets in the mean square, those of first tokens above all; deterministic."""
     with torch.no_grad():
-        params = _start(x, target, firsts, form.router_hidden)
-        often = -(-x.shape[0] // (FIRSTS * firsts.shape[0]))
-        top = (target.mean(0) + GAP / 2).expand(often * firsts.shape[0], -1)
-        x, target = torch.cat([x, firsts.repeat(often, 1)]), torch.cat([target, top])
+        apart = _apart(x, firsts)
+        params = _start(x, target, apart, form.router_hidden)
+        if apart is not None:
+            often = -(-x.shape[0] // (FIRSTS * firsts.shape[0]))
+            top = (target.mean(0) + GAP / 2).expand(often * firsts.shape[0], -1)
+            x, target = torch.cat([x, firsts.repeat(often, 1)]), torch.cat([target, top])
         f, log_rms = router.features(x)
         # free outputs whose ordered scores are the targets
         steps = (target[:, :-1] - target[:, 1:]).clamp_min(1e-2)
@@ -95,20 +99,32 @@ def _hidden(f: Tensor, log_rms: Tensor, weight: Tensor, rms: Tensor, bias: Tenso
     return f @ weight.T + log_rms * rms + bias
 
 
-def _start(
-    x: Float[Tensor, "T K"], target: Float[Tensor, "T R"], firsts: Float[Tensor, "F K"], hidden: int
-) -> tuple[Float[Tensor, "h K"], Float[Tensor, " h"], Float[Tensor, " h"]]:
-    """Hidden layer to start from: weights, factors of the log energy and biases. The last unit tells first tokens from others."""
+def _apart(x: Float[Tensor, "T K"], firsts: Float[Tensor, "F K"]) -> tuple[Float[Tensor, " K"], float] | None:
+    """A direction and a bias that put the mean of other tokens at -3 and that of first ones at 3, or None where they are alike.
+
+    They are in the first block, whose inputs do not know their place. The means of F like tokens would be about K / F apart.
+    """
     f, _ = router.features(x)
-    weight = _directions(f, target, hidden - 1)
+    between, variance = router.features(firsts)[0].mean(0) - f.mean(0), f.var(0).clamp_min(1e-4)
+    distance = float((between.square() / variance).sum())
+    if distance < APART * (1 + x.shape[1] / firsts.shape[0]):
+        return None
+    along = between / variance * (6 / distance)
+    return along, float(-3 - along @ f.mean(0))
+
+
+def _start(
+    x: Float[Tensor, "T K"], target: Float[Tensor, "T R"], apart: tuple[Float[Tensor, " K"], float] | None, hidden: int
+) -> tuple[Float[Tensor, "h K"], Float[Tensor, " h"], Float[Tensor, " h"]]:
+    """Hidden layer to start from: weights, factors of the log energy, biases. The last unit tells first tokens from others."""
+    f, _ = router.features(x)
+    weight = _directions(f, target, hidden - (apart is not None))
     weight = weight * (2.0 / (f @ weight.T).std(0).clamp_min(1e-6))[:, None]
-    apart = router.features(firsts)[0].mean(0) - f.mean(0)
-    # scaled so that the two means lie at -3 and 3
-    along = apart / f.var(0).clamp_min(1e-4)
-    along = along * (6 / (along @ apart).clamp_min(1e-6))
-    bias = torch.zeros(hidden, device=x.device)
-    bias[-1] = -3 - along @ f.mean(0)
-    return torch.cat([weight, along[None]]), torch.zeros(hidden, device=x.device), bias
+    none = torch.zeros(hidden, device=x.device)
+    if apart is None:
+        return weight, none, none.clone()
+    along, bias = apart
+    return torch.cat([weight, along[None]]), none, torch.cat([none[1:], none.new_tensor([bias])])
 
 
 def _directions(f: Float[Tensor, "T K"], target: Float[Tensor, "T R"], count: int) -> Float[Tensor, "c K"]:

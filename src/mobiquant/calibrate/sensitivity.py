@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 from mobiquant.calibrate.passes import Pair
@@ -60,14 +60,15 @@ def _watched(layers: dict[str, MobiLinear], depth: int, gains: dict[str, Tensor]
 def gains(
     pair: Pair, tokens: Int[Tensor, "S L"], form: Format, device: torch.device, progress: Report
 ) -> dict[str, Float[Tensor, " R"]]:
-    """Gain of each residual slice of each quantised layer, by name, on up to `WINDOWS` windows; models come back to the host."""
+    """Gain of each residual slice of each quantised layer, by name, on up to `WINDOWS` windows; models return to the host."""
     layers = {name: layer for name, layer in pair.student.named_modules() if isinstance(layer, MobiLinear)}
     found = {name: torch.zeros(len(form.slices) - 1, device=device) for name in layers}
     precision, dtype = Precision(form.widths), next(pair.student.parameters()).dtype
     for layer in layers.values():
         layer.precision = precision
     for model in (pair.student, pair.teacher):
-        model.float().to(device).requires_grad_(False)
+        # transformers refuses to cast a model that is marked as quantised; layers keep what they have stored
+        nn.Module.float(model).to(device).requires_grad_(False)
     windows = tokens[torch.linspace(0, len(tokens) - 1, min(WINDOWS, len(tokens))).long()]
     for number, window in enumerate(windows):
         ids = window[None].to(device)
@@ -81,7 +82,7 @@ def gains(
                 (kl_div(made, wanted, reduction="batchmean", log_target=True) / len(windows)).backward()
         progress("measuring layers", number + 1, len(windows))
     for model in (pair.student, pair.teacher):
-        model.to(dtype).to("cpu")
+        nn.Module.to(model, dtype).to("cpu")
     return {name: gain.cpu() for name, gain in found.items()}
 
 
