@@ -285,3 +285,14 @@ def test_a_damaged_or_newer_checkpoint_is_refused(damaged, verb, damage):
         damage
     ]
     refused(verb(source=damaged), *named)
+
+
+def test_steps_of_the_full_recipe_are_those_of_its_settings():
+    import inspect
+
+    from mobiquant import cli
+    from mobiquant.config import Training
+
+    shown = inspect.signature(cli.quantize).parameters
+    for name in ("block_steps", "distill_steps", "budget_minutes", "sensitivity"):
+        assert shown[name].default == getattr(Training(), name)

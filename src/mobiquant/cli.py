@@ -132,8 +132,9 @@ def quantize(
     epochs: Annotated[int, typer.Option(help="Passes over the samples in each stage of the paper recipe.")] = 20,
     target_bits: Annotated[float, typer.Option(help="Average bits that the paper recipe trains its routers for.")] = 3.0,
     sweeps: Annotated[int, typer.Option(help="Coordinate-descent passes of the fast recipe.")] = 1,
-    block_steps: Annotated[int, typer.Option(help="Full recipe: steps for each block, 0 to leave it out.")] = 200,
-    distill_steps: Annotated[int, typer.Option(help="Full recipe: steps end to end, 0 to leave it out.")] = 1000,
+    block_steps: Annotated[int, typer.Option(help="Full recipe: steps for each block, 0 to leave it out.")] = 100,
+    distill_steps: Annotated[int, typer.Option(help="Full recipe: steps end to end, 0 to leave it out.")] = 1400,
+    sensitivity: Annotated[bool, typer.Option(help="Full recipe: routers compare layers by what each is worth.")] = True,
     budget_minutes: Annotated[float | None, typer.Option(help="Full recipe: bound on the whole; takes fewer steps.")] = None,
     work_dir: Annotated[Path | None, typer.Option(help="Full recipe: folder to keep what is done in.")] = None,
     resume: Annotated[bool, typer.Option(help="Full recipe: go on with the run in --work-dir.")] = False,
@@ -158,7 +159,8 @@ def quantize(
     form.check_bits(target_bits) if recipe == "paper" else None
     if recipe != "full" and (work_dir or resume or budget_minutes):
         raise InputError(f"recipe {recipe} keeps no work: --work-dir, --resume and --budget-minutes need --recipe full")
-    trained = Training(block_steps=block_steps, distill_steps=distill_steps, budget_minutes=budget_minutes)
+    steps = {"block_steps": block_steps, "distill_steps": distill_steps}
+    trained = Training(**steps, budget_minutes=budget_minutes, sensitivity=sensitivity)
     how = trained if recipe == "full" else None
     from mobiquant import calibrate, checkpoint, estimate
 

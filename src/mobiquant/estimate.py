@@ -88,7 +88,7 @@ def estimate(
     layers = [(name, *blocks.weight_of(layer).shape) for name, layer in blocks.linears(stack).items()]
     work = _work(skeleton, stack, groups, form, settings)
     if training is not None:
-        _add_training(work, parameters, settings, training)
+        _add_training(work, skeleton, len(stack), form, settings, training)
     checkpoint.build_layers(skeleton, Checkpoint(form, tuple(inputs)))
     sizes = _sizes(skeleton, form, dtype)
     loading = parameters * ((4 + dtype.itemsize) if is_gguf else dtype.itemsize)
@@ -150,16 +150,20 @@ def _work(
     }
 
 
-def _add_training(work: dict[str, float], parameters: int, settings: Calibration, training: Training) -> None:
+def _add_training(
+    work: dict[str, float], skeleton: nn.Module, count: int, form: Format, settings: Calibration, training: Training
+) -> None:
     """Add what the full recipe takes: three products forward and backward for each depth, one for the float model."""
-    length = settings.sequence_length or 0
-    tokens = training.block_steps * training.block_batch * length
-    work["flop"] += 6 * tokens * work["weights"]
-    tokens = training.distill_steps * training.distill_batch * length
-    work["flop"] += 2 * tokens * parameters * (3 * training.depths_per_step + 1)
+    parameters = sum(p.numel() for p in {id(p): p for p in skeleton.parameters()}.values())
+    length, depths = settings.sequence_length or 0, min(training.depths_per_step, len(form.slices))
+    work["flop"] += 6 * training.block_steps * training.block_batch * length * work["weights"]
+    tokens = training.distill_batch * length
+    work["flop"] += 2 * training.distill_steps * tokens * parameters * (3 * depths + 1)
     if training.distill_steps:
-        # three copies of the model besides: the float one, its logits' student, and gradients with moments
-        work["block"] = max(work["block"], work["weights"] * distill.BYTES_PER_WEIGHT + 8.0 * parameters)
+        # both models, gradients, moments; what a pass keeps of logits and blocks, fitted to 25 GB measured on an H200
+        vocabulary, width = skeleton.get_input_embeddings().weight.shape  # type: ignore[operator, union-attr]
+        kept = tokens * (28.0 * vocabulary + 72.0 * count * width)
+        work["block"] = max(work["block"], work["weights"] * distill.BYTES_PER_WEIGHT + 8.0 * parameters + kept)
 
 
 def _seconds(work: dict[str, float], device: torch.device) -> float:
