@@ -311,3 +311,36 @@ def test_the_command_knows_the_recipe(tmp_path):
     assert json.loads(done.stdout)["recipe"] == "full"
     with pytest.raises(InputError, match="need --recipe full"):
         CliRunner().invoke(app, [*command, "--overwrite", "--resume"], catch_exceptions=False)
+
+
+@pytest.mark.gpu
+def test_captured_passes_learn_what_plain_ones_do(tmp_path):
+    device = torch.device("cuda")
+    made, original = torch.nn.Module.float(tiny.quantize(tmp_path, format=FORM)).to(device), tiny.model().to(device)
+    pair, depth, tokens = passes.Pair.of(made, original), latent.Depth(1), tiny.tokens(4, 16).to(device)
+    latents = latent.open_latents(made, depth)
+    found = {}
+    for kind in ("plain", "captured"):
+        for one in latents.values():
+            one.to(device).zero_grad(set_to_none=False)
+            for parameter in one.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+        with passes.steady(made, pair.stack, tokens[:2]), passes.steady(original, pair.originals, tokens[:2]):
+            learner = (
+                passes.Passes(pair, depth, 0.5) if kind == "plain" else passes.CapturedPasses(pair, depth, 0.5, tokens[:2])
+            )
+            losses = []
+            # the second batch and the second turn of a depth are replayed
+            for batch in (tokens[:2], tokens[2:]):
+                learner.teach(batch)
+                losses += [learner.learn(d).item() for d in (1, 3, 1)]
+        found[kind] = losses, {name: one.position.grad.clone() for name, one in latents.items()}
+    assert found["plain"][0] == pytest.approx(found["captured"][0], rel=1e-3)
+    for name, gradient in found["plain"][1].items():
+        assert torch.allclose(gradient, found["captured"][1][name], rtol=1e-2, atol=1e-3 * gradient.abs().max())
+
+
+@pytest.mark.gpu
+def test_two_runs_on_a_gpu_end_with_the_same_bytes(tmp_path):
+    one, two = (full(tmp_path, device="cuda") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))

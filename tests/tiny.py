@@ -102,9 +102,9 @@ def tokens(rows=2, length=12, seed=1):
 def quantize(folder, float_model=None, **settings):
     """Quantise a tiny Llama, or the model given, on all of a text file written to `folder`."""
     made = model() if float_model is None else float_model
-    settings = {"samples": 4, "sequence_length": 16, "format": Format(group_size=32), **settings}
+    settings = {"samples": 4, "sequence_length": 16, "format": Format(group_size=32), "device": "cpu", **settings}
     path = text_file(folder, settings["samples"] * settings["sequence_length"])
-    return mobiquant.quantize(made, tokenizer=tokenizer(), calibration=path, device="cpu", **settings)
+    return mobiquant.quantize(made, tokenizer=tokenizer(), calibration=path, **settings)
 
 
 @torch.no_grad()
