@@ -18,7 +18,7 @@ import mobiquant
 from mobiquant import checkpoint
 from mobiquant.calibrate import fast
 
-VERBS = ("quantize", "info", "eval", "generate", "demo")
+VERBS = ("quantize", "info", "eval", "analyze", "generate", "demo")
 SIZES = ("quantised_weights", "stored_bits_per_weight", "size_gb", "unquantised_gb", "left_as_they_were")
 
 

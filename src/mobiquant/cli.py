@@ -243,6 +243,53 @@ def evaluate(
     show_rows([asdict(row) for row in rows], as_json, windows=windows.shape[0], sequence_length=sequence_length)
 
 
+@app.command()
+def analyze(
+    folder: Annotated[str, typer.Argument(help="A mobiquant folder.")],
+    reference: Annotated[str, typer.Option(help="The float model it was made from.")],
+    text: Annotated[str, typer.Option(help=TEXT)] = "builtin",
+    bits: Annotated[float, typer.Option(help="Budget whose reads are shown.")] = 3.25,
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML page to write.")] = Path("analysis.html"),
+    sequence_length: Length = 512,
+    max_windows: Annotated[int, typer.Option(help="Measure no more than the first N windows.")] = 8,
+    show_tokens: Annotated[int, typer.Option(help="Tokens of the text to show in colour.")] = 1000,
+    overwrite: Annotated[bool, typer.Option(help="Replace the page.")] = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Errors of single tokens at each width, and what the router gives them, as one HTML page.
+
+    Example: mobiquant analyze smollm2-mobi --reference smollm2-135m --bits 3.25 --output analysis.html
+    """
+    import mobiquant
+    from mobiquant import analysis, calibrate, data, integration, page
+    from mobiquant.config import InputError
+
+    if output.exists() and not overwrite:
+        raise InputError(f"'{output}' is there already: give another --output, or --overwrite")
+    if not output.resolve().parent.is_dir():
+        raise InputError(f"'{output.parent}' is not a folder: make it, or give another --output")
+    if max_windows < 1:
+        raise InputError(f"{max_windows} windows measure nothing: give --max-windows of 1 or more")
+    target = calibrate.pick_device(device)
+    quiet()
+    model = mobiquant.load(folder, device=target, dtype=_dtype(target))
+    mobiquant.set_precision(model, bits)
+    tokenizer = integration.load_tokenizer(folder)
+    float_model: Any = integration.load_float(reference, _dtype(target)).to(target)
+    windows = data.windows(data.load_text(text, "measure"), tokenizer, sequence_length, text)[:max_windows]
+    with bars(err, lines=True) as report:
+        found = analysis.analyze(model, float_model, windows, bits, progress=report)
+    pieces = [tokenizer.decode([token]) for token in found.tokens[:show_tokens].tolist()]
+    about = {"model": Path(folder).name, "reference": reference, "text": Path(text).name, "tokens": found.tokens.numel()}
+    new = output.with_name(output.name + ".new")
+    new.write_text(page.render(found, pieces, about), encoding="utf-8")
+    new.replace(output)
+    show_rows(found.rows(), as_json, page=str(output), crossed=found.crossed.tolist(), overlap=found.overlap().tolist())
+    if not as_json:
+        out.print(f"page: {output}", highlight=False)
+
+
 def _tasks(
     model: Any, tokenizer: Any, names: list[str], bits: list[float], fixed: bool, folder: Path | None, limit: int | None,
     as_json: bool,
