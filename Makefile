@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(BIN)/mobiquant demo --output demo-out --overwrite
 
 test: $(VENV)/.tested
-	$(BIN)/python -m pytest -m "not gpu and not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not slow"
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .

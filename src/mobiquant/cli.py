@@ -159,8 +159,7 @@ def quantize(
     form.check_bits(target_bits) if recipe == "paper" else None
     if recipe != "full" and (work_dir or resume or budget_minutes):
         raise InputError(f"recipe {recipe} keeps no work: --work-dir, --resume and --budget-minutes need --recipe full")
-    steps = {"block_steps": block_steps, "distill_steps": distill_steps}
-    trained = Training(**steps, budget_minutes=budget_minutes, sensitivity=sensitivity)
+    trained = Training(block_steps, distill_steps=distill_steps, budget_minutes=budget_minutes, sensitivity=sensitivity)
     how = trained if recipe == "full" else None
     from mobiquant import calibrate, checkpoint, estimate
 

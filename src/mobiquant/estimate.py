@@ -140,7 +140,8 @@ def _work(
         largest = max(largest, 4.0 * len(form.slices) * (4 * rows * k + 3 * k * k) + 8.0 * k * k * streams)
     weights = sum(blocks.weight_of(layer).numel() for layer in block.values())
     batch = settings.batch * (settings.sequence_length or 0)
-    measured = (len(thresholds.SHARES) * 2 + len(form.slices) - 2) * thresholds.measured_tokens(tokens)
+    measured = thresholds.measured_shape(settings.samples or 0, settings.sequence_length or 0)
+    measured = (len(thresholds.SHARES) * 2 + len(form.slices) - 2) * math.prod(measured)
     return {
         "streams": 4.0 * width * (tokens * (streams + 1) + measured),
         "block": 3 * 4.0 * weights + largest + 4.0 * batch * 8 * width,

@@ -16,10 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mobiquant import blocks, budget, data, integration, quantizer
-from mobiquant.calibrate import fast, full, paper, work
+from mobiquant.calibrate import fast, full, paper, thresholds, work
 from mobiquant.calibrate.passes import Pair
 from mobiquant.calibrate.streams import Stage, Streams
-from mobiquant.calibrate.thresholds import Measured
 from mobiquant.calibrate.work import Work
 from mobiquant.config import Calibration, Checkpoint, Format, InputError, Training
 from mobiquant.linear import Precision
@@ -143,6 +142,7 @@ def run(
     count = len(stack)
     progress("reading the model", 0, count)
     hidden, calls = blocks.capture(model, tokens, device, settings.batch)
+    short, short_calls = blocks.capture(model, thresholds.beginnings(tokens), device, settings.batch)
     streams = Streams(hidden, recipe.readings(form), settings.batch, device)
     precision, inputs, fitted, skipped = Precision(form.widths), [], [], left_out(model, root)
     log: list[dict[str, Any]] = []
@@ -158,8 +158,8 @@ def run(
         _keep(stage, block)
         inputs += [tuple(f"{root}.{index}.{name}" for name in names) for names in groups]
         progress("quantising blocks", index + 1, count)
-    measured = Measured(hidden, form, fitted)
-    measured.run(stack, calls, device, progress)
+    measured = thresholds.Measured(short, form, fitted)
+    measured.run(stack, short_calls, device, progress)
     _wire(stack, precision)
     stored = Checkpoint(form, tuple(inputs), measured.table(), skipped, provenance(model, tokens, settings), versions())
     return stored, log

@@ -17,12 +17,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mobiquant import blocks
-from mobiquant.calibrate import distill, fast, nested, sensitivity
+from mobiquant.calibrate import distill, fast, nested, sensitivity, thresholds
 from mobiquant.calibrate.latent import Depth, open_latents
 from mobiquant.calibrate.nested import NestedStage
 from mobiquant.calibrate.passes import Pair
 from mobiquant.calibrate.streams import Stage, Streams
-from mobiquant.calibrate.thresholds import Measured
 from mobiquant.calibrate.work import Work
 from mobiquant.config import Calibration, Checkpoint, Format, Training
 from mobiquant.linear import MobiLinear, Precision
@@ -82,7 +81,8 @@ class Run:
             log += self._end_to_end()
         offsets = self._offsets() if training.sensitivity else {}
         fitted = self._routers(hidden, calls, offsets)
-        measured = Measured(hidden, self.form, fitted)
+        hidden, calls = blocks.capture(self.pair.teacher, thresholds.beginnings(self.tokens), self.device, self.settings.batch)
+        measured = thresholds.Measured(hidden, self.form, fitted)
         measured.run(self.pair.stack, calls, self.device, self.progress)
         log += [{"input": one.names[0], "router_explains": round(one.explains, 4)} for one in fitted]
         return replace(self.stored, thresholds=measured.table()), log
