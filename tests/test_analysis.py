@@ -57,6 +57,13 @@ def test_nothing_is_changed_by_looking(case):
     assert torch.equal(tiny.logits(original, windows), tiny.logits(tiny.model(), windows))
 
 
+def test_windows_do_not_disturb_each_other(case):
+    made, original, windows, found = case
+    alone = [analysis.analyze(made, original, window[None], 3.3) for window in windows]
+    assert torch.allclose(torch.stack([one.crossed for one in alone]).mean(0), found.crossed, rtol=1e-5)
+    assert torch.equal(torch.cat([one.routed.by_token for one in alone]), found.routed.by_token)
+
+
 def test_ranges_for_two_bits_cap_what_eight_bits_reach(case):
     crossed = case[3].crossed
     assert crossed[0, -1] > 2 * crossed[-1, -1] and (crossed > 0).all()

@@ -203,6 +203,23 @@ def test_gains_of_layers_sum_to_the_fall_of_the_divergence(tmp_path):
         assert total[i].item() == pytest.approx(fall[i] - fall[i + 1], rel=0.25)
 
 
+def test_the_gain_of_a_layer_is_its_gradients_times_its_step(tmp_path):
+    made, original, tokens = tiny.quantize(tmp_path, format=FORM), tiny.model(), tiny.tokens(2, 16)
+    name = "model.layers.1.self_attn.o_proj"
+    gains = sensitivity.gains(passes.Pair.of(made, original), tokens, FORM, torch.device("cpu"), lambda *_: None)[name]
+    wanted = original(tokens).logits.log_softmax(-1).detach()
+    layers = {key: layer for key, layer in made.named_modules() if isinstance(layer, MobiLinear)}
+    slopes = []
+    for depth in (2, 3):
+        plain = tiny.model()
+        for key, layer in layers.items():
+            plain.get_submodule(key).weight.data = layer.packed().read(depth)
+        (wanted.exp() * (wanted - plain(tokens).logits.log_softmax(-1))).sum(-1).mean().backward()
+        slopes.append(plain.get_submodule(name).weight.grad)
+    step = layers[name].packed().read(2) - layers[name].packed().read(3)
+    assert gains[1].item() == pytest.approx(((slopes[0] + slopes[1]) / 2 * step).sum().item(), rel=1e-3, abs=1e-7)
+
+
 def test_offsets_compare_gains_of_a_weight_with_a_floor():
     gains = {"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([1.0, 1.0]), "c": torch.tensor([-1.0, 2.0])}
     found = sensitivity.offsets(gains, [("a", "b"), ("c",)], {"a": 1, "b": 1, "c": 2})
