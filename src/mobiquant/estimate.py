@@ -141,7 +141,7 @@ def _work(
     weights = sum(blocks.weight_of(layer).numel() for layer in block.values())
     batch = settings.batch * (settings.sequence_length or 0)
     measured = thresholds.measured_shape(settings.samples or 0, settings.sequence_length or 0)
-    measured = (len(thresholds.SHARES) * 2 + len(form.slices) - 2) * math.prod(measured)
+    measured = (len(thresholds.SHARES) + 1) * (len(form.slices) - 1) * math.prod(measured)
     return {
         "streams": 4.0 * width * (tokens * (streams + 1) + measured),
         "block": 3 * 4.0 * weights + largest + 4.0 * batch * 8 * width,

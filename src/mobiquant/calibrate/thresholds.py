@@ -10,6 +10,7 @@ first 256 tokens read 0.01 more than later ones. So many short sequences are mea
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,10 @@ from mobiquant.config import Format
 from mobiquant.linear import Precision
 from mobiquant.progress import Report
 
-# shares of the budgets of a region at which a row is measured
-SHARES = (0.1, 0.5, 0.9)
-# rows of each region in the table
-FINE = 32
+# shares of the budgets between two widths at which a row is measured
+SHARES = (0.15, 0.5, 0.85)
+# rows between two widths in the table
+FINE = 16
 # tokens that rows are measured on: half of the calibration tokens between these two, in sequences of at most so many
 LEAST, MOST, LENGTH = 1024, 8192, 256
 # tokens in work at once: enough that reading the weights costs little beside the products
@@ -47,21 +48,20 @@ def beginnings(tokens: Int[Tensor, "S L"]) -> Int[Tensor, "S1 L1"]:
 
 
 def rows(form: Format, fitted: list[Fitted], shares: Sequence[float]) -> list[tuple[float, int]]:
-    """`(tau, cap)` at shares of the budgets of each region, from the scores of sample tokens; thresholds falling.
+    """`(tau, cap)` at shares of the budgets between neighbouring widths, from the scores of sample tokens; thresholds falling.
 
     Where a budget is a width of the format, many thresholds may read it: the row is the middle of them, far from reading less.
     """
     found: list[tuple[float, int]] = []
-    low = below = form.widths[0]
+    below = form.widths[0]
     for cap in budget.region_caps(form):
-        high = form.widths[cap - 1]
         # a later region is asked only for budgets that the one before cannot serve
-        start = max(below - 0.3, low) if below > low else low
-        taus = [_tau_for(start + share * (high - start), cap, form, fitted) for share in shares]
-        for width in [w for w in form.widths if start < w < high]:
+        edges = [width for width in form.widths[:cap] if width >= below]
+        taus = [_tau_for(low + share * (high - low), cap, form, fitted) for low, high in pairwise(edges) for share in shares]
+        for width in edges[below == form.widths[0] : -1]:
             taus.append(sum(_tau_for(width + side, cap, form, fitted) for side in (-1e-6, 1e-6)) / 2)
         found += [(tau, cap) for tau in sorted(taus, reverse=True)]
-        below = high
+        below = edges[-1]
     return list(dict.fromkeys(found))
 
 
