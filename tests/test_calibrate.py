@@ -11,7 +11,7 @@ from helpers import normal
 from safetensors.torch import load_file, save_file
 
 import mobiquant
-from mobiquant import InputError, budget, clip, data, integration, router
+from mobiquant import InputError, budget, clip, compensate, data, integration, router
 from mobiquant import slices as s
 from mobiquant.budget import checkpoint_of
 from mobiquant.calibrate import fast, routers
@@ -65,14 +65,22 @@ def test_larger_budgets_never_read_fewer_bits(llama):
     assert read[0] == 2 and read[-1] == 8
 
 
+def reads_of(weight, form):
+    scale, zero = clip.min_max(weight, form.slices, form.group_size)
+    code = s.encode(weight, scale, zero, form.slices, form.group_size)
+    return compensate.Grid(scale, zero, form.slices, form.group_size).read(code)
+
+
+def inputs():
+    """2000 tokens; few directions carry most energy, as in real activations."""
+    return normal(2000, 4, seed=2) * torch.tensor([6.0, 3.0, 2.0, 1.0]) @ normal(4, 32, seed=3) + normal(2000, 32, seed=4) * 0.3
+
+
 def test_regressed_routers_beat_a_constant_on_tokens_they_have_not_seen():
     form = Format(group_size=16, router_hidden=16)
     weight = normal(24, 32, seed=1)
-    scale, zero = clip.min_max(weight, form.slices, form.group_size)
-    code = s.encode(weight, scale, zero, form.slices, form.group_size)
-    reads = torch.stack([s.dequantize(code, scale, zero, form.slices, form.group_size, e) for e in range(1, 6)])
-    # few directions carry most energy, as in real activations
-    x = normal(2000, 4, seed=2) * torch.tensor([6.0, 3.0, 2.0, 1.0]) @ normal(4, 32, seed=3) + normal(2000, 32, seed=4) * 0.3
+    reads = reads_of(weight, form)
+    x = inputs()
     target = routers.targets(x, weight, reads)
     fitted = routers.fit(x[:1500], target[:1500], x[:2], form)
     assert routers.explained(router.scores(x[1500:], fitted), target[1500:]) > 0.5
@@ -83,10 +91,8 @@ def test_regressed_routers_beat_a_constant_on_tokens_they_have_not_seen():
 def test_first_tokens_score_above_all_others_and_others_as_without_them():
     form = Format(group_size=16, router_hidden=16)
     weight = normal(24, 32, seed=1)
-    scale, zero = clip.min_max(weight, form.slices, form.group_size)
-    code = s.encode(weight, scale, zero, form.slices, form.group_size)
-    reads = torch.stack([s.dequantize(code, scale, zero, form.slices, form.group_size, e) for e in range(1, 6)])
-    x = normal(2000, 4, seed=2) * torch.tensor([6.0, 3.0, 2.0, 1.0]) @ normal(4, 32, seed=3) + normal(2000, 32, seed=4) * 0.3
+    reads = reads_of(weight, form)
+    x = inputs()
     # as after a norm: one large feature, little else
     firsts = 0.1 * normal(32, 32, seed=5)
     firsts[:, 7] += 5
@@ -100,9 +106,7 @@ def test_first_tokens_score_above_all_others_and_others_as_without_them():
 def test_an_offset_moves_the_scores_of_a_layer_and_never_reverses_its_slices():
     form = Format(group_size=16)
     weight = normal(8, 16, seed=1)
-    scale, zero = clip.min_max(weight, form.slices, form.group_size)
-    code = s.encode(weight, scale, zero, form.slices, form.group_size)
-    reads = torch.stack([s.dequantize(code, scale, zero, form.slices, form.group_size, e) for e in range(1, 6)])
+    reads = reads_of(weight, form)
     x = normal(64, 16, seed=2)
     plain = routers.targets(x, weight, reads)
     moved = routers.targets(x, weight, reads, torch.tensor([1.0, 0.5, 0.0, -1.0]))
@@ -131,13 +135,11 @@ def test_a_sample_holds_all_first_tokens_and_no_other_twice():
 def test_scores_of_slices_lie_apart_and_those_of_tokens_around_them():
     form = Format(group_size=16)
     weight = normal(8, 16, seed=1)
-    scale, zero = clip.min_max(weight, form.slices, form.group_size)
-    code = s.encode(weight, scale, zero, form.slices, form.group_size)
-    reads = torch.stack([s.dequantize(code, scale, zero, form.slices, form.group_size, e) for e in range(1, 6)])
+    reads = reads_of(weight, form)
     target = routers.targets(normal(64, 16, seed=2), weight, reads)
     assert (target[:, 1:] <= target[:, :-1]).all() and target.std(0).min() > 0.1
-    # the same for every layer, however loud it is
-    assert torch.allclose(target.mean(0), -routers.GAP * torch.arange(4), atol=0.05)
+    # the same for every layer, however loud it is; tokens that gain nothing are raised, which moves the mean a little
+    assert torch.allclose(target.mean(0), -routers.GAP * torch.arange(4), atol=0.3)
     assert torch.allclose(routers.targets(3 * normal(64, 16, seed=2), 5 * weight, 5 * reads), target, atol=1e-3)
 
 

@@ -17,6 +17,7 @@ from torch.nn.functional import kl_div
 from mobiquant import blocks, budget, clip
 from mobiquant import slices as s
 from mobiquant.config import Format
+from mobiquant.linear import MobiLinear, mobilinears
 from mobiquant.progress import Report
 
 WORST = 0.1
@@ -154,10 +155,10 @@ class _Reads:
 @contextmanager
 def _reads(model: nn.Module, form: Format, by_layer: dict[str, list[float]]) -> Iterator[_Reads]:
     """While open, remember what each token of the next pass reads in each layer."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, budget.MobiLinear)}
+    layers = mobilinears(model)
     total, weights, found = 0.0, 0, _Reads()
 
-    def hook(name: str, layer: budget.MobiLinear):
+    def hook(name: str, layer: MobiLinear):
         def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             nonlocal total, weights
             flat = args[0].reshape(-1, layer.in_features)

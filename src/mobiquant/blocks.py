@@ -83,6 +83,12 @@ def like(value: Any, hidden: Tensor) -> Any:
     return value
 
 
+def restore_forward(stack: nn.ModuleList) -> None:
+    """Give blocks back the forward pass of their class."""
+    for block in stack:
+        block.__dict__.pop("forward", None)
+
+
 @torch.no_grad()
 def capture(
     model: nn.Module, tokens: Int[Tensor, "S L"], device: torch.device, batch: int
@@ -126,8 +132,7 @@ def capture(
             with suppress(_Stop):
                 model(part.to(device), use_cache=False)
     finally:
-        for block in blocks:
-            block.__dict__.pop("forward", None)
+        restore_forward(blocks)
         for module in (*outside, blocks[0]):
             module.to("cpu")
     return torch.cat(hidden).float(), calls

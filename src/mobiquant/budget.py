@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from mobiquant.config import Checkpoint, Format, InputError
-from mobiquant.linear import MobiLinear, Precision
+from mobiquant.linear import MobiLinear, Precision, mobilinears
 
 SMALL_LOAD_BITS = 4
 MARGIN = 1e-4
@@ -73,7 +73,7 @@ def threshold(bits: float, form: Format, thresholds: Sequence[dict[str, Any]]) -
 
 def layers(model: nn.Module) -> list[MobiLinear]:
     """The quantised layers of a model; raises InputError where there are none."""
-    found = [module for module in model.modules() if isinstance(module, MobiLinear)]
+    found = list(mobilinears(model).values())
     if not found:
         raise InputError(f"{type(model).__name__} is not a mobiquant model: quantise it first, or load it with mobiquant.load")
     return found

@@ -24,7 +24,7 @@ from torch import nn
 
 from mobiquant import blocks
 from mobiquant.config import QUANT_METHOD, Checkpoint, Format, InputError
-from mobiquant.linear import MobiLinear, Precision
+from mobiquant.linear import MobiLinear, Precision, mobilinears
 
 # every tensor of a quantised layer, by the end of its name; e counts slices from 0
 TENSORS = {
@@ -68,7 +68,7 @@ def stored_bits(model: nn.Module, form: Format, depth: int | None = None) -> dic
     """Bits in the quantised layers up to a depth: planes, `scale` with zero points, routers, and the number of weights."""
     depth = depth or len(form.slices)
     total = {"weights": 0.0, "planes": 0.0, "scales": 0.0, "routers": 0.0}
-    for layer in (m for m in model.modules() if isinstance(m, MobiLinear)):
+    for layer in mobilinears(model).values():
         total["weights"] += layer.in_features * layer.out_features
         for name, tensor in layer.named_buffers():
             plane = _PLANE.search("." + name)

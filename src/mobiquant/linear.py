@@ -211,3 +211,8 @@ class MobiLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"slices={self.format.slices}, group_size={self.format.group_size}"
         )
+
+
+def mobilinears(module: nn.Module) -> dict[str, MobiLinear]:
+    """Quantised layers by name, each once."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, MobiLinear)}

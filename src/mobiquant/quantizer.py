@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mobiquant import blocks, checkpoint
 from mobiquant.config import QUANT_METHOD, Checkpoint, InputError
-from mobiquant.linear import MobiLinear
+from mobiquant.linear import mobilinears
 from mobiquant.slices import MAX_BITS
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class MobiquantQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         stored = self.quantization_config.stored  # type: ignore[attr-defined]
         checkpoint.build_layers(model, stored)
-        for layer in _layers(model):
+        for layer in mobilinears(model).values():
             # GPT-2 sets the weights of some layers anew unless they are marked as loaded, and so needs one to look at
             layer.weight = torch.empty(0)  # type: ignore[assignment]
             layer.weight._is_hf_initialized = True  # type: ignore[attr-defined]
@@ -68,7 +68,7 @@ class MobiquantQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *skipped}  # type: ignore
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        for layer in _layers(model):
+        for layer in mobilinears(model).values():
             del layer.weight
         _adopt(model, self)
         return model
@@ -83,18 +83,13 @@ class MobiquantQuantizer(HfQuantizer):
         return False
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        for name, layer in list(model.named_modules()):
-            if isinstance(layer, MobiLinear):
-                dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, layer.scale.device, dtype)
-                weight = layer.packed().read(len(layer.format.slices))
-                dense.load_state_dict({"weight": weight} | ({} if layer.bias is None else {"bias": layer.bias}))
-                blocks.replace(model, name, dense)
+        for name, layer in mobilinears(model).items():
+            dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, layer.scale.device, dtype)
+            weight = layer.packed().read(len(layer.format.slices))
+            dense.load_state_dict({"weight": weight} | ({} if layer.bias is None else {"bias": layer.bias}))
+            blocks.replace(model, name, dense)
         model.__dict__.pop("save_pretrained", None)
         return model
-
-
-def _layers(model: nn.Module) -> list[MobiLinear]:
-    return [module for module in model.modules() if isinstance(module, MobiLinear)]
 
 
 def _adopt(model: nn.Module, quantizer: MobiquantQuantizer, tokenizer: Any = None) -> None:

@@ -21,7 +21,7 @@ from mobiquant.calibrate.passes import Pair
 from mobiquant.calibrate.streams import Stage, Streams
 from mobiquant.calibrate.work import Work
 from mobiquant.config import Calibration, Checkpoint, Format, InputError, Training
-from mobiquant.linear import Precision
+from mobiquant.linear import Precision, mobilinears
 from mobiquant.progress import Report, bars
 
 
@@ -96,7 +96,7 @@ def _run_full(
     start = None if work.folder is None else work.folder / "fast"
     if start is not None and start.is_dir():
         known = integration.load(start)
-        for name, layer in Stage.mobilinears(known).items():
+        for name, layer in mobilinears(known).items():
             blocks.replace(model, name, layer)
         stored, log = budget.checkpoint_of(known), []
     else:
@@ -167,7 +167,7 @@ def run(
 
 def _keep(stage: Stage, block: torch.nn.Module) -> None:
     """Move the quantised layers of a finished stage into the model, on the host."""
-    for name, layer in stage.mobilinears(stage.student).items():
+    for name, layer in mobilinears(stage.student).items():
         bias = getattr(block.get_submodule(name), "bias", None)
         if bias is not None and layer.bias is not None:
             # a stage works in fp32, a model keeps its dtype
@@ -179,7 +179,7 @@ def _wire(stack: torch.nn.Module, precision: Precision) -> None:
     """Give all quantised layers the one precision of the model, at full depth, with its counters at zero."""
     precision.set([float("-inf")], [len(precision.widths)])
     precision.depth_shares(reset=True)
-    for layer in Stage.mobilinears(stack).values():
+    for layer in mobilinears(stack).values():
         layer.precision = precision
 
 

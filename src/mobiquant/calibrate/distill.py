@@ -1,4 +1,4 @@
-"""End-to-end training of all layers against the float model: KL of the next-token distribution, a few depths drawn each step.
+"""End-to-end training of all layers against the float model: KL of the next-token distribution, at all depths together.
 
 What: `sum_e KL(float || student read at depth e)^p / p` over the depths of the step (`passes`). All depths take part in every
 step unless told otherwise: they share one code and pull at it together.
@@ -42,16 +42,10 @@ def fits(weights: int, device: torch.device) -> bool:
 
 
 def recompute_blocks(stack: nn.ModuleList) -> None:
-    """Keep no activations inside blocks: the backward pass makes them again."""
+    """Keep no activations inside blocks: the backward pass makes them again. `blocks.restore_forward` undoes it."""
     for block in stack:
         forward = block.forward
         block.forward = lambda *args, _forward=forward, **kwargs: recompute(_forward, *args, use_reentrant=False, **kwargs)
-
-
-def keep_blocks(stack: nn.ModuleList) -> None:
-    """Undo `recompute_blocks`."""
-    for block in stack:
-        block.__dict__.pop("forward", None)
 
 
 def distill(

@@ -61,8 +61,12 @@ def quantize_block(
         grid, code = solve(torch.cat(weights), own, mixed, form, settings)
         layers = install(stage, names, grid, code, form)
         fitted += fit_routers(names, layers, sample, torch.cat(weights), grid.read(code), form)
-    log = [{"input": one.names[0], "router_explains": round(one.explains, 4)} for one in fitted]
-    return fitted, log
+    return fitted, log_of(fitted)
+
+
+def log_of(fitted: list[Fitted]) -> list[dict[str, Any]]:
+    """How well each router fits, for the log."""
+    return [{"input": one.names[0], "router_explains": round(one.explains, 4)} for one in fitted]
 
 
 @torch.no_grad()

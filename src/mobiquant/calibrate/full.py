@@ -24,7 +24,7 @@ from mobiquant.calibrate.passes import Pair
 from mobiquant.calibrate.streams import Stage, Streams
 from mobiquant.calibrate.work import Work
 from mobiquant.config import Calibration, Checkpoint, Format, Training
-from mobiquant.linear import MobiLinear, Precision
+from mobiquant.linear import Precision, mobilinears
 from mobiquant.progress import Report, by_width
 
 # of the time that is left after `fast`: block training gets a third, the rest is end to end but for what routers take
@@ -84,8 +84,7 @@ class Run:
         hidden, calls = blocks.capture(self.pair.teacher, thresholds.beginnings(self.tokens), self.device, self.settings.batch)
         measured = thresholds.Measured(hidden, self.form, fitted)
         measured.run(self.pair.stack, calls, self.device, self.progress)
-        log += [{"input": one.names[0], "router_explains": round(one.explains, 4)} for one in fitted]
-        return replace(self.stored, thresholds=measured.table()), log
+        return replace(self.stored, thresholds=measured.table()), log + fast.log_of(fitted)
 
     def _blocks(self, hidden: Float[Tensor, "S L D"], calls: blocks.Calls) -> list[dict[str, Any]]:
         """Train every block in order."""
@@ -114,7 +113,7 @@ class Run:
     def _end_to_end(self) -> list[dict[str, Any]]:
         """Train all layers against the float model, then put them back."""
         model, original, plan, device = self.pair.student, self.pair.teacher, self.plan, self.device
-        layers = {name: m for name, m in model.named_modules() if isinstance(m, MobiLinear)}
+        layers = mobilinears(model)
         count = sum(layer.in_features * layer.out_features for layer in layers.values())
         depth, dtype = Depth(1), next(model.parameters()).dtype
         latents = open_latents(model, depth)
@@ -140,7 +139,7 @@ class Run:
         training = replace(plan.training, distill_steps=steps)
         log = distill.distill(*everything, training, self.settings.seed, plan.work, weights, self.progress)
         if not weights:
-            distill.keep_blocks(self.pair.stack)
+            blocks.restore_forward(self.pair.stack)
         for name, latent in latents.items():
             latent.to(torch.device("cpu"))
             latent.store(layers[name])
@@ -187,7 +186,7 @@ class _Pair(Stage):
     def __init__(self, original: nn.Module, quantised: nn.Module, index: int, calls: blocks.Calls, device: torch.device):
         self.index, self.calls, self.device = index, calls, device
         float_stage = Stage(original, index, calls, Precision((1,)), device)
-        form = next(iter(self.mobilinears(quantised).values())).format
+        form = next(iter(mobilinears(quantised).values())).format
         self.precision = Precision(form.widths)
         self.teacher = float_stage.teacher
         self.student = Stage(quantised, index, calls, self.precision, device).teacher

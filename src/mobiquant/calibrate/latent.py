@@ -11,6 +11,8 @@ The start are codes: a position is the centre of the finest cell of its code. `p
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -20,7 +22,7 @@ from torch.nn.functional import linear
 from mobiquant import blocks, pack
 from mobiquant import slices as s
 from mobiquant.config import Format
-from mobiquant.linear import MobiLinear
+from mobiquant.linear import MobiLinear, mobilinears
 
 TENSORS = ("position", "log_scale", "zero")
 
@@ -42,6 +44,11 @@ def read(
     position = weight / scale + shift
     for depth in depths:
         yield scale * (centre(position, form, depth) - shift)
+
+
+def lower(device: torch.device) -> AbstractContextManager[Any]:
+    """Products in bf16 on CUDA; weights are cast anew each time, since a cast kept would be one of another depth."""
+    return torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if device.type == "cuda" else nullcontext()
 
 
 class Depth:
@@ -90,8 +97,7 @@ class LatentLinear(nn.Module):
 
 def open_latents(module: nn.Module, depth: Depth) -> dict[str, LatentLinear]:
     """Put a trainable layer in the place of every quantised one; returns them by name."""
-    found = {name: layer for name, layer in module.named_modules() if isinstance(layer, MobiLinear)}
-    latents = {name: LatentLinear(layer, depth) for name, layer in found.items()}
+    latents = {name: LatentLinear(layer, depth) for name, layer in mobilinears(module).items()}
     for name, latent in latents.items():
         blocks.replace(module, name, latent)
     return latents

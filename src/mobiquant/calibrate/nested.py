@@ -9,7 +9,7 @@ activations would own a plain mean square; a purely relative one lets tokens of 
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mobiquant import blocks
-from mobiquant.calibrate.latent import Depth, LatentLinear, load_tensors, open_latents, project, tensors
+from mobiquant.calibrate.latent import Depth, LatentLinear, load_tensors, lower, open_latents, project, tensors
 from mobiquant.calibrate.streams import FLOAT, Reading, Stage, Streams, fixed
 from mobiquant.calibrate.work import Work
 from mobiquant.config import Format, Training
@@ -137,7 +137,6 @@ def train_block(stage: NestedStage, streams: Streams, form: Format, training: Tr
     wanted, draws = streams.ahead(stage, FLOAT), Draws.of(form.widths)
     optimizer, steps = optimizer_for(stage.latents, training), training.block_steps
     losses: list[tuple[int, float]] = []
-    lower = torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if stage.device.type == "cuda" else nullcontext()
     with repeatable(stage.device):
         for step in range(steps):
             generator = generator_for(seed, "blocks", stage.index, step)
@@ -145,7 +144,7 @@ def train_block(stage: NestedStage, streams: Streams, form: Format, training: Tr
             batch = torch.randperm(streams.count, generator=generator)[: training.block_batch].sort().values
             hidden = streams.hidden[reading_of(depth, form)]
             with torch.enable_grad():
-                with lower:
+                with lower(stage.device):
                     made = stage.run(fixed(depth), hidden[batch.to(hidden.device)])
                 loss = relative_error(made.float(), wanted[batch.to(wanted.device)].to(stage.device))
                 optimizer.zero_grad()

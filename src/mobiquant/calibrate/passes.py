@@ -10,7 +10,7 @@ arguments that an ordinary pass gave them.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
 from mobiquant import blocks
-from mobiquant.calibrate.latent import Depth
+from mobiquant.calibrate.latent import Depth, lower
 
 WARM_UP = 2
 
@@ -50,16 +50,11 @@ class Passes:
         self.student, self.teacher, self.depth, self.power = pair.student, pair.teacher, depth, power
         self.wanted: Tensor = torch.empty(0)
 
-    @staticmethod
-    def lower(tokens: Tensor) -> Any:
-        """Products in bf16 on CUDA; weights are cast anew each time, since a cast kept would be one of another depth."""
-        return torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if tokens.is_cuda else nullcontext()
-
     @torch.no_grad()
     def teach(self, tokens: Int[Tensor, "S L"]) -> None:
         """Predict a batch with the float model."""
         self.tokens = tokens
-        with self.lower(tokens):
+        with lower(tokens.device):
             logits = self.teacher(tokens, use_cache=False).logits
         self.wanted = logits.float().log_softmax(-1).flatten(0, 1)
 
@@ -67,7 +62,7 @@ class Passes:
     def learn(self, depth: int) -> Float[Tensor, ""]:
         """Add the gradients of the batch read at a depth; returns the divergence in nats a token."""
         self.depth.value = depth
-        with self.lower(self.tokens):
+        with lower(self.tokens.device):
             logits = self.student(self.tokens, use_cache=False).logits
         made = logits.float().log_softmax(-1).flatten(0, 1)
         divergence = kl_div(made, self.wanted, reduction="batchmean", log_target=True)
@@ -143,11 +138,10 @@ def steady(model: nn.Module, stack: nn.ModuleList, tokens: Int[Tensor, "S L"]) -
     try:
         for index, block in enumerate(stack):
             block.forward = recording(index)
-        with torch.no_grad(), Passes.lower(tokens):
+        with torch.no_grad(), lower(tokens.device):
             model(tokens, use_cache=False)
         for index, block in enumerate(stack):
             block.forward = steadied(index)
         yield
     finally:
-        for block in stack:
-            block.__dict__.pop("forward", None)
+        blocks.restore_forward(stack)

@@ -68,8 +68,9 @@ def _energy(x: Float[Tensor, "T K"], matrix: Float[Tensor, "N K"]) -> Float[Tens
 def fit(x: Float[Tensor, "T K"], target: Float[Tensor, "T R"], firsts: Float[Tensor, "F K"], form: Format) -> router.Router:
     """Router whose scores lie nearest to the targets in the mean square, those of first tokens above all; deterministic."""
     with torch.no_grad():
-        apart = _apart(x, firsts)
-        params = _start(x, target, apart, form.router_hidden)
+        f, _ = router.features(x)
+        apart = _apart(f, firsts)
+        params = _start(f, target, apart, form.router_hidden)
         if apart is not None:
             often = -(-x.shape[0] // (FIRSTS * firsts.shape[0]))
             top = (target.mean(0) + GAP / 2).expand(often * firsts.shape[0], -1)
@@ -99,28 +100,26 @@ def _hidden(f: Tensor, log_rms: Tensor, weight: Tensor, rms: Tensor, bias: Tenso
     return f @ weight.T + log_rms * rms + bias
 
 
-def _apart(x: Float[Tensor, "T K"], firsts: Float[Tensor, "F K"]) -> tuple[Float[Tensor, " K"], float] | None:
+def _apart(f: Float[Tensor, "T K"], firsts: Float[Tensor, "F K"]) -> tuple[Float[Tensor, " K"], float] | None:
     """A direction and a bias that put the mean of other tokens at -3 and that of first ones at 3, or None where they are alike.
 
     They are in the first block, whose inputs do not know their place. The means of F like tokens would be about K / F apart.
     """
-    f, _ = router.features(x)
     between, variance = router.features(firsts)[0].mean(0) - f.mean(0), f.var(0).clamp_min(1e-4)
     distance = float((between.square() / variance).sum())
-    if distance < APART * (1 + x.shape[1] / firsts.shape[0]):
+    if distance < APART * (1 + f.shape[1] / firsts.shape[0]):
         return None
     along = between / variance * (6 / distance)
     return along, float(-3 - along @ f.mean(0))
 
 
 def _start(
-    x: Float[Tensor, "T K"], target: Float[Tensor, "T R"], apart: tuple[Float[Tensor, " K"], float] | None, hidden: int
+    f: Float[Tensor, "T K"], target: Float[Tensor, "T R"], apart: tuple[Float[Tensor, " K"], float] | None, hidden: int
 ) -> tuple[Float[Tensor, "h K"], Float[Tensor, " h"], Float[Tensor, " h"]]:
     """Hidden layer to start from: weights, factors of the log energy, biases. The last unit tells first tokens from others."""
-    f, _ = router.features(x)
     weight = _directions(f, target, hidden - (apart is not None))
     weight = weight * (2.0 / (f @ weight.T).std(0).clamp_min(1e-6))[:, None]
-    none = torch.zeros(hidden, device=x.device)
+    none = torch.zeros(hidden, device=f.device)
     if apart is None:
         return weight, none, none.clone()
     along, bias = apart

@@ -20,7 +20,7 @@ from torch.nn.functional import kl_div
 
 from mobiquant.calibrate.passes import Pair
 from mobiquant.config import Format
-from mobiquant.linear import MobiLinear, Precision
+from mobiquant.linear import MobiLinear, Precision, mobilinears
 from mobiquant.progress import Report
 
 # a gain this many times smaller than the average of all layers counts as that: below it is noise
@@ -61,7 +61,7 @@ def gains(
     pair: Pair, tokens: Int[Tensor, "S L"], form: Format, device: torch.device, progress: Report
 ) -> dict[str, Float[Tensor, " R"]]:
     """Gain of each residual slice of each quantised layer, by name, on up to `WINDOWS` windows; models return to the host."""
-    layers = {name: layer for name, layer in pair.student.named_modules() if isinstance(layer, MobiLinear)}
+    layers = mobilinears(pair.student)
     found = {name: torch.zeros(len(form.slices) - 1, device=device) for name in layers}
     precision, dtype = Precision(form.widths), next(pair.student.parameters()).dtype
     for layer in layers.values():

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mobiquant import blocks
-from mobiquant.linear import MobiLinear, Precision
+from mobiquant.linear import Precision, mobilinears
 
 Reading = tuple[float, int]
 FLOAT: Reading = (float("nan"), 0)
@@ -54,7 +54,7 @@ class Stage:
     def __init__(self, block: nn.Module, index: int, calls: blocks.Calls, precision: Precision, device: torch.device):
         self.index, self.calls, self.precision, self.device = index, calls, precision, device
         self.teacher = deepcopy(block).float().to(device).requires_grad_(False)
-        quantised = self.mobilinears(self.teacher)
+        quantised = mobilinears(self.teacher)
         for layer in quantised.values():
             layer.precision = precision
         self.student = self.teacher if quantised else deepcopy(self.teacher)
@@ -80,11 +80,6 @@ class Stage:
         with blocks.watch_inputs(self.module(reading), [name], lambda _, x: seen.append(x), last=name):
             self.run(reading, hidden)
         return seen[0].flatten(0, -2)  # [S, L, K] -> [T, K]
-
-    @staticmethod
-    def mobilinears(module: nn.Module) -> dict[str, MobiLinear]:
-        """Quantised layers by name."""
-        return {name: m for name, m in module.named_modules() if isinstance(m, MobiLinear)}
 
 
 def resting_place(size: int, device: torch.device) -> torch.device:

@@ -58,7 +58,8 @@ def rows(form: Format, fitted: list[Fitted], shares: Sequence[float]) -> list[tu
         # a later region is asked only for budgets that the one before cannot serve
         edges = [width for width in form.widths[:cap] if width >= below]
         taus = [_tau_for(low + share * (high - low), cap, form, fitted) for low, high in pairwise(edges) for share in shares]
-        for width in edges[below == form.widths[0] : -1]:
+        # nothing is routed at the narrowest width and at that of the cap
+        for width in [width for width in edges[:-1] if width > form.widths[0]]:
             taus.append(sum(_tau_for(width + side, cap, form, fitted) for side in (-1e-6, 1e-6)) / 2)
         found += [(tau, cap) for tau in sorted(taus, reverse=True)]
         below = edges[-1]
