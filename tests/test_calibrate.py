@@ -269,3 +269,15 @@ def test_a_quantised_or_damaged_model_in_memory_is_refused(llama, tmp_path):
     broken.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("inf")
     with pytest.raises(InputError, match=r"model.layers.1.mlp.up_proj.weight.*NaN or Inf"):
         tiny.quantize(tmp_path, broken)
+
+
+def test_windows_of_several_texts_are_drawn_alike(tmp_path):
+    texts = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    texts[0].write_text("w1 " * 64)
+    texts[1].write_text("w2 " * 32)
+    settings = {"samples": 100, "sequence_length": 16, "device": "cpu", "format": Format(group_size=32)}
+    made = mobiquant.quantize(tiny.model(), tokenizer=tiny.tokenizer(), calibration=[str(path) for path in texts], **settings)
+    made_from = checkpoint_of(made).calibration
+    assert made_from["tokens"] == 96 and made_from["text"] == "a.txt + b.txt"
+    with pytest.raises(InputError, match=r"c\.txt"):
+        mobiquant.quantize(tiny.model(), tokenizer=tiny.tokenizer(), calibration=[str(texts[0]), "c.txt"], **settings)

@@ -20,7 +20,7 @@ from mobiquant.config import Format, Training
 from mobiquant.linear import MobiLinear
 
 FORM = Format(group_size=32)
-SHORT = Training(block_steps=6, block_batch=2, distill_steps=8, distill_batch=2, position_rate=2e-2, scale_rate=2e-3)
+SHORT = Training(6, 2, distill_steps=8, distill_batch=2, position_rate=2e-2, scale_rate=2e-3, routing_steps=4)
 LISTS = [(2, 1, 1, 2, 2), (2, 2, 2, 2), (4, 4), (7, 1)]
 
 
@@ -143,7 +143,8 @@ def test_the_recipe_makes_an_ordinary_checkpoint(undisturbed):
     stored = checkpoint_of(loaded)
     assert stored.calibration["recipe"] == "full" and stored.calibration["training"]["distill_steps"] == 8
     log = json.loads((out / "training_log.json").read_text())
-    assert [entry["step"] for entry in log if "kl" in entry] == [8]
+    assert [entry["step"] for entry in log if "step" in entry] == [8]
+    assert sum("budget" in entry for entry in log) >= 4
     assert {entry["bits"] for entry in log if "bits" in entry} == {2, 3, 4, 6, 8}
     for bits in (2, 3.5, 8):
         mobiquant.set_precision(loaded, bits)
@@ -228,8 +229,8 @@ def test_offsets_compare_gains_of_a_weight_with_a_floor():
     assert torch.allclose(found["c"], torch.tensor([sensitivity.FLOOR, 1.0]).log())
 
 
-# in the first block, before the end-to-end stage, in it
-@pytest.mark.parametrize("saves", [2, 4, 5])
+# in the first block, before the end-to-end stage, in it, before routers are trained, behind that
+@pytest.mark.parametrize("saves", [2, 4, 5, 6, 7])
 def test_a_killed_run_ends_with_the_same_bytes(tmp_path, undisturbed, monkeypatch, saves):
     class Killed(BaseException):
         pass
@@ -296,7 +297,7 @@ def test_scales_alone_are_trained_where_weights_do_not_fit(tmp_path, undisturbed
     monkeypatch.setattr(distill, "free_memory", lambda device: 1000)
     made = full(tmp_path, replace(SHORT, block_steps=0, scale_rate=1e-2))
     assert "scales and zero points alone are trained" in capsys.readouterr().err
-    assert [entry["weights"] for entry in made._mobiquant_log if "kl" in entry] == [False]
+    assert [entry["weights"] for entry in made._mobiquant_log if "weights" in entry] == [False]
     assert all("forward" not in block.__dict__ for block in made.model.layers)
     start = mobiquant.load(undisturbed[1] / "fast")
     ours, theirs = ([m.scale for m in model.modules() if isinstance(m, MobiLinear)] for model in (made, start))
@@ -306,7 +307,7 @@ def test_scales_alone_are_trained_where_weights_do_not_fit(tmp_path, undisturbed
 def test_a_budget_of_minutes_bounds_the_steps(tmp_path):
     training = replace(SHORT, distill_steps=10**7, block_steps=10**7, budget_minutes=0.03)
     made = full(tmp_path, training)
-    steps = [entry["step"] for entry in made._mobiquant_log if "kl" in entry]
+    steps = [entry["step"] for entry in made._mobiquant_log if "step" in entry]
     assert not steps or steps[-1] < 10**4
 
 

@@ -27,6 +27,7 @@ ORDER = (
     "calibrate.streams|calibrate.routers|calibrate.latent|calibrate.work",
     "calibrate.fast|calibrate.nested|calibrate.passes",
     "calibrate.paper|calibrate.thresholds|calibrate.distill|calibrate.sensitivity",
+    "calibrate.routing",
     "calibrate.full",
     "calibrate",
     "evaluate|analysis",

@@ -121,7 +121,7 @@ def quantize(
     model: Annotated[str, typer.Argument(help=MODEL)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     recipe: Annotated[str, typer.Option(help="fast (closed form), full (fast, then trained) or paper (the paper's).")] = "fast",
-    calibration: Annotated[str, typer.Option(help=TEXT)] = "builtin",
+    calibration: Annotated[list[str], typer.Option(help=f"{TEXT[:-1]}; several by giving it again.")] = ["builtin"],  # noqa: B006
     samples: Annotated[int | None, typer.Option(help="Calibration windows [fast: 8 on a CPU, else 128; paper: 128].")] = None,
     sequence_length: Annotated[
         int | None, typer.Option(help="Tokens of a calibration window [fast: 512 on a CPU, else 1024; paper: 2048].")
@@ -135,6 +135,7 @@ def quantize(
     block_steps: Annotated[int, typer.Option(help="Full recipe: steps for each block, 0 to leave it out.")] = 100,
     distill_steps: Annotated[int, typer.Option(help="Full recipe: steps end to end, 0 to leave it out.")] = 1400,
     sensitivity: Annotated[bool, typer.Option(help="Full recipe: routers compare layers by what each is worth.")] = True,
+    routing_steps: Annotated[int, typer.Option(help="Full recipe: steps for routers end to end, 0 to leave it out.")] = 150,
     budget_minutes: Annotated[float | None, typer.Option(help="Full recipe: bound on the whole; takes fewer steps.")] = None,
     work_dir: Annotated[Path | None, typer.Option(help="Full recipe: folder to keep what is done in.")] = None,
     resume: Annotated[bool, typer.Option(help="Full recipe: go on with the run in --work-dir.")] = False,
@@ -151,28 +152,26 @@ def quantize(
     from mobiquant.config import Calibration, Format, InputError, Training
 
     form = Format(slices=widths(slices), group_size=group_size, routers=routers)  # type: ignore[arg-type]
-    settings: dict[str, Any] = {
-        "samples": samples, "sequence_length": sequence_length, "seed": seed,
-        "epochs": epochs, "target_bits": target_bits, "sweeps": sweeps,
-    }  # fmt: skip
-    chosen = Calibration(recipe=recipe, text=calibration, **settings)
+    settings: dict[str, Any] = {"samples": samples, "sequence_length": sequence_length, "seed": seed, "sweeps": sweeps}
+    settings |= {"epochs": epochs, "target_bits": target_bits}
+    chosen = Calibration(recipe=recipe, text=" + ".join(calibration), **settings)
     form.check_bits(target_bits) if recipe == "paper" else None
     if recipe != "full" and (work_dir or resume or budget_minutes):
         raise InputError(f"recipe {recipe} keeps no work: --work-dir, --resume and --budget-minutes need --recipe full")
-    trained = Training(block_steps, distill_steps=distill_steps, budget_minutes=budget_minutes, sensitivity=sensitivity)
-    how = trained if recipe == "full" else None
+    steps = {"block_steps": block_steps, "distill_steps": distill_steps, "routing_steps": routing_steps}
+    trained = Training(**steps, sensitivity=sensitivity, budget_minutes=budget_minutes) if recipe == "full" else None
     from mobiquant import calibrate, checkpoint, estimate
 
     checkpoint.check_output(output, overwrite)
     target = calibrate.pick_device(device)
     quiet()
     if dry_run:
-        show(estimate.estimate(model, form, chosen.resolved(form.slices, target.type == "cpu"), target, how), as_json)
+        show(estimate.estimate(model, form, chosen.resolved(form.slices, target.type == "cpu"), target, trained), as_json)
         return
     with bars(err, lines=True) as report:
         made = calibrate.quantize(
             model, calibration=calibration, recipe=recipe, format=form, device=device, progress=report,
-            training=how, work_dir=work_dir, resume=resume, **settings,
+            training=trained, work_dir=work_dir, resume=resume, **settings,
         )  # fmt: skip
         made.save_pretrained(output, overwrite=overwrite)  # type: ignore[call-arg]
     show({"output": str(output), **estimate.describe(output)}, as_json)

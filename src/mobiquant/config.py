@@ -126,7 +126,8 @@ class Training:
 
     Rates are those of AdamW: of the places of weights and of zero points in base steps, of the logarithm of scales. The
     divergence of each depth enters the loss as `KL^loss_power / loss_power`, its logarithm at 0. With `sensitivity` routers
-    compare layers by what each is worth to the model. `budget_minutes` bounds the whole recipe by taking fewer steps.
+    compare layers by what each is worth to the model; then `routing_steps` train them end to end, `router_rate` being the rate
+    of Adam for the biases of scores. `budget_minutes` bounds the whole recipe by taking fewer steps.
     """
 
     block_steps: int = 100
@@ -140,10 +141,13 @@ class Training:
     loss_power: float = 0.5
     clip_norm: float = 1.0
     sensitivity: bool = True
+    routing_steps: int = 150
+    router_rate: float = 1e-2
     budget_minutes: float | None = None
 
     def __post_init__(self) -> None:
-        least = {"block_steps": 0, "distill_steps": 0, "block_batch": 1, "distill_batch": 1, "depths_per_step": 1}
+        least = {"block_steps": 0, "distill_steps": 0, "routing_steps": 0}
+        least |= {"block_batch": 1, "distill_batch": 1, "depths_per_step": 1}
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise InputError(f"{name.replace('_', ' ')} of {getattr(self, name)} is not usable: give {value} or more")

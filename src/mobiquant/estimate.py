@@ -154,12 +154,16 @@ def _work(
 def _add_training(
     work: dict[str, float], skeleton: nn.Module, count: int, form: Format, settings: Calibration, training: Training
 ) -> None:
-    """Add what the full recipe takes: three products forward and backward for each depth, one for the float model."""
+    """Add what the full recipe takes: three products forward and backward for each depth, one for the float model.
+
+    Routers end to end make one pass with the products of all depths.
+    """
     parameters = sum(p.numel() for p in {id(p): p for p in skeleton.parameters()}.values())
     length, depths = settings.sequence_length or 0, min(training.depths_per_step, len(form.slices))
     work["flop"] += 6 * training.block_steps * training.block_batch * length * work["weights"]
     tokens = training.distill_batch * length
     work["flop"] += 2 * training.distill_steps * tokens * parameters * (3 * depths + 1)
+    work["flop"] += 2 * training.routing_steps * tokens * (3 * len(form.slices) * work["weights"] + parameters)
     if training.distill_steps:
         # both models, gradients, moments; what a pass keeps of logits and blocks, fitted to 25 GB measured on an H200
         vocabulary, width = skeleton.get_input_embeddings().weight.shape  # type: ignore[operator, union-attr]

@@ -3,6 +3,7 @@
 import platform
 import time
 import zlib
+from collections.abc import Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, replace
@@ -24,11 +25,14 @@ from mobiquant.config import Calibration, Checkpoint, Format, InputError, Traini
 from mobiquant.linear import Precision, mobilinears
 from mobiquant.progress import Report, bars
 
+# stands between the names of several calibration texts
+BETWEEN = " + "
+
 
 def quantize(
     model: str | Path | PreTrainedModel,
     *,
-    calibration: str = "builtin",
+    calibration: str | Sequence[str] = "builtin",
     recipe: str = "fast",
     tokenizer: Any = None,
     format: Format | None = None,
@@ -42,9 +46,10 @@ def quantize(
     """Quantise a causal language model into one that runs at every precision.
 
     `model` is a hub id, a folder, a `.gguf` file, `smollm2-135m`, or a loaded model (changed in place; then give its
-    `tokenizer`). `calibration` names a text (`data.py`), `format` how weights are stored, `settings` are the fields of
-    `config.Calibration` such as `samples`, `sequence_length` and `seed`; `progress` is called with the stage, steps done and
-    steps in all (and by the full recipe with a text of its losses), by default for bars on a terminal. `training`, `work_dir`
+    `tokenizer`). `calibration` names a text (`data.py`), or several whose windows are drawn alike, `format` how weights are
+    stored, `settings` are the fields of `config.Calibration` such as `samples`, `sequence_length` and `seed`; `progress` is
+    called with the stage, steps done and steps in all (and by the full recipe with a text of its losses), by default for bars
+    on a terminal. `training`, `work_dir`
     and `resume` are for the full recipe: how it trains, where it keeps what is done, and whether to go on with what a killed
     run has kept there.
     Returns the model on the CPU at full precision; its `save_pretrained` writes the checkpoint. Raises InputError on bad input.
@@ -53,8 +58,9 @@ def quantize(
     if recipe != "full" and (training or work_dir or resume):
         raise InputError(f"recipe '{recipe}' has no training to keep or go on with: use recipe full")
     form, target = format or Format(), pick_device(device)
-    chosen = Calibration(recipe=recipe, text=calibration, **settings).resolved(form.slices, target.type == "cpu")
-    text = data.load_text(calibration, "calibrate")
+    names = [calibration] if isinstance(calibration, str) else list(calibration)
+    chosen = Calibration(recipe=recipe, text=BETWEEN.join(names), **settings).resolved(form.slices, target.type == "cpu")
+    texts = {name: data.load_text(name, "calibrate") for name in names}
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
             raise InputError("a loaded model needs its tokenizer to read calibration text: give tokenizer=")
@@ -62,7 +68,7 @@ def quantize(
         loaded = model
     else:
         loaded, tokenizer = integration.load_float(model), tokenizer or integration.load_tokenizer(model)
-    every = data.windows(text, tokenizer, chosen.sequence_length or 0, calibration)
+    every = torch.cat([data.windows(text, tokenizer, chosen.sequence_length or 0, name) for name, text in texts.items()])
     tokens = data.sample(every, chosen.samples or 0, chosen.seed)
     with nullcontext(progress) if progress else bars() as report:
         if recipe != "full":
@@ -198,7 +204,7 @@ def left_out(model: torch.nn.Module, root: str) -> dict[str, str]:
 def provenance(model: PreTrainedModel, tokens: Tensor, settings: Calibration) -> dict[str, Any]:
     """What the checkpoint was made from and how."""
     kept = _kept(settings)
-    text = settings.text if settings.text in ("builtin", "wikitext2", "c4", "ptb") else Path(settings.text).name
+    text = BETWEEN.join(Path(name).name for name in settings.text.split(BETWEEN))
     digest = f"{zlib.crc32(tokens.contiguous().numpy()):08x}"
     return {**kept, "text": text, "model": Path(model.name_or_path).name, "tokens": tokens.numel(), "tokens_crc32": digest}
 

@@ -2,8 +2,9 @@
 
 1. nested block training, block by block over all depths (`nested`);
 2. end-to-end training against the float model (`distill`);
-3. what each slice of each layer is worth to the model (`sensitivity`), then routers and thresholds anew, by regression on the
-   trained codes (`routers`, `thresholds`).
+3. what each slice of each layer is worth to the model (`sensitivity`), then routers anew, by regression on the trained codes
+   (`routers`);
+4. routers trained end to end (`routing`), then the table of thresholds (`thresholds`).
 
 Stages are left out by giving them no steps. With a work folder a killed run goes on where it was and ends with the same bytes.
 """
@@ -17,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mobiquant import blocks
-from mobiquant.calibrate import distill, fast, nested, sensitivity, thresholds
+from mobiquant.calibrate import distill, fast, nested, routing, sensitivity, thresholds
 from mobiquant.calibrate.latent import Depth, open_latents
 from mobiquant.calibrate.nested import NestedStage
 from mobiquant.calibrate.passes import Pair
@@ -81,10 +82,15 @@ class Run:
             log += self._end_to_end()
         offsets = self._offsets() if training.sensitivity else {}
         fitted = self._routers(hidden, calls, offsets)
+        log += fast.log_of(fitted)
+        if training.routing_steps:
+            everything = (self.pair, self.stored.inputs, fitted, self.windows, self.form, training, self.settings.seed)
+            fitted, more = routing.train(*everything, self.device, self.plan.work, self.progress)
+            log += more
         hidden, calls = blocks.capture(self.pair.teacher, thresholds.beginnings(self.tokens), self.device, self.settings.batch)
         measured = thresholds.Measured(hidden, self.form, fitted)
         measured.run(self.pair.stack, calls, self.device, self.progress)
-        return replace(self.stored, thresholds=measured.table()), log + fast.log_of(fitted)
+        return replace(self.stored, thresholds=measured.table()), log
 
     def _blocks(self, hidden: Float[Tensor, "S L D"], calls: blocks.Calls) -> list[dict[str, Any]]:
         """Train every block in order."""

@@ -48,8 +48,8 @@ class Draws:
 
 def generator_for(seed: int, stage: str, place: int, step: int = 0) -> torch.Generator:
     """Randomness of one step: the same whenever and wherever the step is taken."""
-    names = ("blocks", "distillation")
-    return torch.Generator().manual_seed(((seed * 2 + names.index(stage)) * 10007 + place) * 1_000_003 + step)
+    names = ("blocks", "distillation", "routing")
+    return torch.Generator().manual_seed(((seed * len(names) + names.index(stage)) * 10007 + place) * 1_000_003 + step)
 
 
 @contextmanager

@@ -57,10 +57,10 @@ def rows(form: Format, fitted: list[Fitted], shares: Sequence[float]) -> list[tu
     for cap in budget.region_caps(form):
         # a later region is asked only for budgets that the one before cannot serve
         edges = [width for width in form.widths[:cap] if width >= below]
-        taus = [_tau_for(low + share * (high - low), cap, form, fitted) for low, high in pairwise(edges) for share in shares]
+        taus = [tau_for(low + share * (high - low), cap, form, fitted) for low, high in pairwise(edges) for share in shares]
         # nothing is routed at the narrowest width and at that of the cap
         for width in [width for width in edges[:-1] if width > form.widths[0]]:
-            taus.append(sum(_tau_for(width + side, cap, form, fitted) for side in (-1e-6, 1e-6)) / 2)
+            taus.append(sum(tau_for(width + side, cap, form, fitted) for side in (-1e-6, 1e-6)) / 2)
         found += [(tau, cap) for tau in sorted(taus, reverse=True)]
         below = edges[-1]
     return list(dict.fromkeys(found))
@@ -74,7 +74,7 @@ def expected(tau: float, cap: int, form: Format, fitted: list[Fitted]) -> list[f
     return [float(form.widths[0]), *(form.widths[0] + steps.cumsum(0)).tolist()]
 
 
-def _tau_for(bits: float, cap: int, form: Format, fitted: list[Fitted]) -> float:
+def tau_for(bits: float, cap: int, form: Format, fitted: list[Fitted]) -> float:
     """Threshold at which the sample tokens read `bits` on average, by bisection."""
     low = min(float(f.scores.min()) for f in fitted) - 1
     high = max(float(f.scores.max()) for f in fitted) + 1
