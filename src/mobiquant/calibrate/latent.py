@@ -12,6 +12,7 @@ The start are codes: a position is the centre of the finest cell of its code. `p
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -79,12 +80,23 @@ class LatentLinear(nn.Module):
         stored = s.load_zero(s.store_zero(self.zero.detach(), self.format.slices), self.format.slices)
         return scale, self.zero + (stored - self.zero).detach()
 
-    def forward(self, x: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch N"]:
+    def weight(self, dtype: torch.dtype) -> Float[Tensor, "N K"]:
+        """The weight at the shared depth, differentiable."""
+        form, depth = self.format, self.depth.value
+        if self.position.is_cuda and find_spec("triton") is not None:
+            from mobiquant.kernels import grid
+
+            sizes = form.group_size, form.widths[depth - 1], form.slices[0], (s.MIN_SCALE, s.MAX_SCALE), s.ZERO_BITS
+            return grid.Read.apply(self.position, self.log_scale, self.zero, *sizes, dtype)  # type: ignore[return-value]
         scale, zero = self.grid()
-        group, columns = self.format.group_size, self.position.shape[1]
-        level = centre(self.position, self.format, self.depth.value) - s.expand(zero + 0.5, group, columns)
-        weight = s.expand(scale, group, columns) * level
-        return linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        columns = self.position.shape[1]
+        level = centre(self.position, form, depth) - s.expand(zero + 0.5, form.group_size, columns)
+        return (s.expand(scale, form.group_size, columns) * level).to(dtype)
+
+    def forward(self, x: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch N"]:
+        lowered = torch.is_autocast_enabled(x.device.type)
+        weight = self.weight(torch.get_autocast_dtype(x.device.type) if lowered else x.dtype)
+        return linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
 
     @torch.no_grad()
     def store(self, layer: MobiLinear) -> None:

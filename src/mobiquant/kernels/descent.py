@@ -7,6 +7,7 @@ gradients of all depths in registers. In torch the same work is some twenty laun
 # Triton comes with CUDA builds of torch only, and kernels are a language of their own
 # pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportIndexIssue=false
 from collections.abc import Sequence
+from typing import no_type_check
 
 import torch
 import triton
@@ -17,6 +18,7 @@ ROWS = 16
 
 
 @triton.jit
+@no_type_check
 def _choose(
     target, weight, cell, width, tails,
     WIDTHS: tl.constexpr, BASE: tl.constexpr, COARSE: tl.constexpr, SEARCH: tl.constexpr, E: tl.constexpr, R: tl.constexpr,
@@ -51,6 +53,7 @@ def _choose(
 
 
 @triton.jit
+@no_type_check
 def _block(
     gradient, hessian, chosen, scale, diagonal, weights, tails, moved,
     K, N, start, count,
