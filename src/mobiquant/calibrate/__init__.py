@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def _run_full(
             blocks.replace(model, name, layer)
         stored, log = budget.checkpoint_of(known), []
     else:
-        stored, log = run(model, tokens, form, replace(settings, recipe="fast"), device, progress)
+        stored, log = run(model, tokens, form, replace(settings, recipe="fast"), device, progress, route=False)
         stored = replace(stored, calibration=provenance(model, tokens, settings) | {"training": asdict(training)})
         if start is not None:
             copied = deepcopy(model)
@@ -136,20 +137,22 @@ def run(
     settings: Calibration,
     device: torch.device,
     progress: Report,
+    route: bool = True,
 ) -> tuple[Checkpoint, list[dict[str, Any]]]:
     """Replace the linear layers in the blocks of `model`; returns what to store and the training log of the recipe.
 
-    `settings` are resolved ones.
+    `settings` are resolved ones. Codes that will be trained need no routers yet: `route` False leaves them and thresholds out.
     """
-    recipe = {"fast": fast, "paper": paper}[settings.recipe]
+    recipe = paper.quantize_block if settings.recipe == "paper" else partial(fast.quantize_block, route=route)
     torch.manual_seed(settings.seed)
     model.eval()
     root, stack = blocks.find_blocks(model)
     count = len(stack)
     progress("reading the model", 0, count)
     hidden, calls = blocks.capture(model, tokens, device, settings.batch)
-    short, short_calls = blocks.capture(model, thresholds.beginnings(tokens), device, settings.batch)
-    streams = Streams(hidden, recipe.readings(form), settings.batch, device)
+    short = blocks.capture(model, thresholds.beginnings(tokens), device, settings.batch) if route else None
+    readings = (paper if settings.recipe == "paper" else fast).readings(form)
+    streams = Streams(hidden, readings, settings.batch, device)
     precision, inputs, fitted, skipped = Precision(form.widths), [], [], left_out(model, root)
     log: list[dict[str, Any]] = []
     for index, block in enumerate(stack):
@@ -157,18 +160,20 @@ def run(
         groups = stage.groups(hidden[:1])
         unused = set(blocks.linears(stage.teacher)) - {name for names in groups for name in names}
         skipped.update({f"{root}.{index}.{name}": "not used when the block runs" for name in sorted(unused)})
-        found, entries = recipe.quantize_block(stage, streams, groups, form, settings)
+        found, entries = recipe(stage, streams, groups, form, settings)
         fitted += found
         log += [{"block": index, **entry} for entry in entries]
         streams.advance(stage)
         _keep(stage, block)
         inputs += [tuple(f"{root}.{index}.{name}" for name in names) for names in groups]
         progress("quantising blocks", index + 1, count)
-    measured = thresholds.Measured(short, form, fitted)
-    measured.run(stack, short_calls, device, progress)
+    table = ()
+    if short is not None:
+        measured = thresholds.Measured(short[0], form, fitted)
+        measured.run(stack, short[1], device, progress)
+        table = measured.table()
     _wire(stack, precision)
-    stored = Checkpoint(form, tuple(inputs), measured.table(), skipped, provenance(model, tokens, settings), versions())
-    return stored, log
+    return Checkpoint(form, tuple(inputs), table, skipped, provenance(model, tokens, settings), versions()), log
 
 
 def _keep(stage: Stage, block: torch.nn.Module) -> None:

@@ -51,16 +51,17 @@ def readings(form: Format) -> list[Reading]:
 
 
 def quantize_block(
-    stage: Stage, streams: Streams, groups: list[list[str]], form: Format, settings: Calibration
+    stage: Stage, streams: Streams, groups: list[list[str]], form: Format, settings: Calibration, route: bool = True
 ) -> tuple[list[Fitted], list[dict[str, Any]]]:
-    """Replace the named layers of the student by quantised ones with routers; the log says how well routers fit."""
+    """Replace the named layers of the student by quantised ones; the log says how well routers fit, if they are to `route`."""
     fitted: list[Fitted] = []
     for names in groups:
         own, mixed, sample = streams.moments(stage, names[0])
         weights = [blocks.weight_of(stage.teacher.get_submodule(name)) for name in names]
         grid, code = solve(torch.cat(weights), own, mixed, form, settings)
         layers = install(stage, names, grid, code, form)
-        fitted += fit_routers(names, layers, sample, torch.cat(weights), grid.read(code), form)
+        if route:
+            fitted += fit_routers(names, layers, sample, torch.cat(weights), grid.read(code), form)
     return fitted, log_of(fitted)
 
 

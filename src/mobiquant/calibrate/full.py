@@ -1,6 +1,7 @@
 """The `full` recipe: `fast` as a start, then training.
 
-1. nested block training, block by block over all depths (`nested`);
+1. nested block training, block by block over all depths (`nested`), by default only where the next stage cannot train weights:
+   it costs as much time as that and gains less (`docs/results/full.md`);
 2. end-to-end training against the float model (`distill`);
 3. what each slice of each layer is worth to the model (`sensitivity`), then routers anew, by regression on the trained codes
    (`routers`);
@@ -28,9 +29,13 @@ from mobiquant.config import Calibration, Checkpoint, Format, Training
 from mobiquant.linear import Precision, mobilinears
 from mobiquant.progress import Report, by_width
 
-# of the time that is left after `fast`: block training gets a third, the rest is end to end but for what routers take
-BLOCK_SHARE, DISTILL_SHARE = 0.33, 0.85
+# of the time that is left before each stage: the end-to-end stages leave some to what follows
+BLOCK_SHARE, DISTILL_SHARE, ROUTING_SHARE = 0.33, 0.8, 0.6
 TRIAL_STEPS = 4
+# steps for each block where the end-to-end stage cannot train weights
+BLOCK_STEPS = 100
+# sequences that routers are fitted to
+ROUTED = 32
 
 
 class Plan:
@@ -74,23 +79,30 @@ class Run:
 
     def train(self) -> tuple[Checkpoint, list[dict[str, Any]]]:
         """Train the layers of the student; returns what to store and the log."""
-        training, log = self.plan.training, []
-        hidden, calls = blocks.capture(self.pair.teacher, self.tokens, self.device, self.settings.batch)
-        if training.block_steps:
-            log += self._blocks(hidden, calls)
-        if training.distill_steps:
+        log: list[dict[str, Any]] = []
+        if self.block_steps:
+            log += self._blocks(*self._capture(self.tokens))
+        if self.plan.training.distill_steps:
             log += self._end_to_end()
-        offsets = self._offsets() if training.sensitivity else {}
-        fitted = self._routers(hidden, calls, offsets)
+        fitted = self._routers()
         log += fast.log_of(fitted)
-        if training.routing_steps:
-            everything = (self.pair, self.stored.inputs, fitted, self.windows, self.form, training, self.settings.seed)
-            fitted, more = routing.train(*everything, self.device, self.plan.work, self.progress)
+        if self.plan.training.routing_steps:
+            fitted, more = self._train_routers(fitted)
             log += more
-        hidden, calls = blocks.capture(self.pair.teacher, thresholds.beginnings(self.tokens), self.device, self.settings.batch)
+        hidden, calls = self._capture(thresholds.beginnings(self.tokens))
         measured = thresholds.Measured(hidden, self.form, fitted)
         measured.run(self.pair.stack, calls, self.device, self.progress)
         return replace(self.stored, thresholds=measured.table()), log
+
+    @property
+    def block_steps(self) -> int:
+        """Steps asked for each block."""
+        count = sum(layer.in_features * layer.out_features for layer in mobilinears(self.pair.student).values())
+        return block_steps(self.plan.training, count, self.device)
+
+    def _capture(self, tokens: Int[Tensor, "S L"]) -> tuple[Float[Tensor, "S L D"], blocks.Calls]:
+        """States of the float model before the first block, and how blocks are called."""
+        return blocks.capture(self.pair.teacher, tokens, self.device, self.settings.batch)
 
     def _blocks(self, hidden: Float[Tensor, "S L D"], calls: blocks.Calls) -> list[dict[str, Any]]:
         """Train every block in order."""
@@ -104,7 +116,7 @@ class Run:
             nested.train_block(stage, streams, form, replace(plan.training, block_steps=TRIAL_STEPS), seed)
             return (time.monotonic() - begun) / TRIAL_STEPS
 
-        steps = plan.steps("blocks", plan.training.block_steps, BLOCK_SHARE, len(pairs), trial)
+        steps = plan.steps("blocks", self.block_steps, BLOCK_SHARE, len(pairs), trial)
         training, log = replace(plan.training, block_steps=steps), []
         streams = Streams(hidden, nested.readings(form), self.settings.batch, device)
         for index, (original, quantised) in enumerate(pairs):
@@ -121,13 +133,15 @@ class Run:
         model, original, plan, device = self.pair.student, self.pair.teacher, self.plan, self.device
         layers = mobilinears(model)
         count = sum(layer.in_features * layer.out_features for layer in layers.values())
-        depth, dtype = Depth(1), next(model.parameters()).dtype
-        latents = open_latents(model, depth)
         weights = distill.fits(count, device)
         if not weights:
             distill.notice_of_fallback(count, device)
             distill.recompute_blocks(self.pair.stack)
-        model.float().to(device).requires_grad_(False)
+        depth, dtype = Depth(1), next(model.parameters()).dtype
+        # latents are made and stored on the device: unpacking takes long on a host
+        nn.Module.to(model, device)
+        latents = open_latents(model, depth)
+        model.float().requires_grad_(False)
         original.to(device).requires_grad_(False)
         for latent in latents.values():
             latent.requires_grad_(True)
@@ -147,7 +161,6 @@ class Run:
         if not weights:
             blocks.restore_forward(self.pair.stack)
         for name, latent in latents.items():
-            latent.to(torch.device("cpu"))
             latent.store(layers[name])
             blocks.replace(model, name, layers[name])
         model.to(dtype).to("cpu")
@@ -161,11 +174,12 @@ class Run:
         sizes = {name: layers[name].in_features * layers[name].out_features for name in gains}  # type: ignore[operator]
         return sensitivity.offsets(gains, self.stored.inputs, sizes)
 
-    def _routers(
-        self, hidden: Float[Tensor, "S L D"], calls: blocks.Calls, offsets: dict[str, Float[Tensor, " R"]]
-    ) -> list[fast.Fitted]:
+    def _routers(self) -> list[fast.Fitted]:
         """Fit all routers to the codes as they are now."""
         form, fitted, pair = self.form, [], self.pair
+        offsets = self._offsets() if self.plan.training.sensitivity else {}
+        few = torch.linspace(0, len(self.tokens) - 1, min(ROUTED, len(self.tokens))).long()
+        hidden, calls = self._capture(self.tokens[few])
         streams = Streams(hidden, fast.readings(form), self.settings.batch, self.device)
         for index, (original, quantised) in enumerate(zip(pair.originals, pair.stack, strict=True)):
             stage, head = _Pair(original, quantised, index, calls, self.device), f"{pair.root}.{index}."
@@ -184,6 +198,23 @@ class Run:
             streams.advance(stage)
             self.progress("fitting routers", index + 1, len(pair.stack))
         return fitted
+
+    def _train_routers(self, fitted: list[fast.Fitted]) -> tuple[list[fast.Fitted], list[dict[str, Any]]]:
+        """Train all routers end to end."""
+        plan, inputs = self.plan, self.stored.inputs
+
+        def steps(seconds: float) -> int:
+            return plan.steps(routing.NAME, plan.training.routing_steps, ROUTING_SHARE, 1, lambda: seconds)
+
+        everything = (self.pair, inputs, fitted, self.windows, self.form, plan.training, steps, self.settings.seed)
+        return routing.train(*everything, self.device, plan.work, self.progress)
+
+
+def block_steps(training: Training, weights: int, device: torch.device) -> int:
+    """Steps for each block: what is asked for, or `BLOCK_STEPS` where end-to-end training leaves weights as they are."""
+    if training.block_steps is not None:
+        return training.block_steps
+    return 0 if training.distill_steps and distill.fits(weights, device) else BLOCK_STEPS
 
 
 class _Pair(Stage):

@@ -23,7 +23,7 @@ from mobiquant.calibrate.latent import Depth, LatentLinear, load_tensors, lower,
 from mobiquant.calibrate.streams import FLOAT, Reading, Stage, Streams, fixed
 from mobiquant.calibrate.work import Work
 from mobiquant.config import Format, Training
-from mobiquant.linear import Precision
+from mobiquant.linear import MobiLinear, Precision
 
 STUDENT_BITS = 4
 
@@ -135,7 +135,7 @@ def set_rate(optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
 def train_block(stage: NestedStage, streams: Streams, form: Format, training: Training, seed: int) -> list[dict[str, Any]]:
     """Train the latents of one block; returns the mean loss of each depth over the first and the last quarter of the steps."""
     wanted, draws = streams.ahead(stage, FLOAT), Draws.of(form.widths)
-    optimizer, steps = optimizer_for(stage.latents, training), training.block_steps
+    optimizer, steps = optimizer_for(stage.latents, training), training.block_steps or 0
     losses: list[tuple[int, float]] = []
     with repeatable(stage.device):
         for step in range(steps):
@@ -173,8 +173,9 @@ def _mean(losses: list[tuple[int, float]], depth: int) -> float | None:
 def finish_block(stage: NestedStage, quantised: nn.Module) -> None:
     """Write the trained latents into the block that they came from."""
     for name, latent in stage.latents.items():
-        latent.to(torch.device("cpu"))
-        latent.store(quantised.get_submodule(name))  # type: ignore[arg-type]
+        layer: MobiLinear = quantised.get_submodule(name).to(stage.device)  # type: ignore[assignment]
+        latent.store(layer)
+        layer.cpu()
 
 
 def block(

@@ -14,7 +14,8 @@ them; where that is not there, routers stay as regression left them, and a notic
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -218,38 +219,52 @@ def optimizer_for(gates: dict[str, GateRouter], rate: float) -> torch.optim.Adam
 
 
 def optimise(
-    routed: Routed, budgets: Budgets, windows: Int[Tensor, "W L"], training: Training, seed: int, progress: Report
-) -> list[dict[str, Any]]:
-    """Train the routers; thresholds and prices of `budgets` follow. Returns the mean divergence and bits of each budget."""
-    steps, count = training.routing_steps, training.distill_batch
+    routed: Routed, budgets: Budgets, windows: Int[Tensor, "W L"], training: Training, steps_for: Callable[[float], int],
+    seed: int, progress: Report,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Train the routers; thresholds and prices of `budgets` follow. Returns the mean divergence and bits of each budget.
+
+    `steps_for` says how many steps are taken, given the seconds of one.
+    """
+    count = training.distill_batch
     optimizer, sums = (
         optimizer_for(routed.gates, training.router_rate),
         torch.zeros(3, budgets.bits.numel(), dtype=torch.float64),
     )
     # every budget gets its threshold and price before the first step
     ahead = [part for _ in range(AHEAD) for part in torch.arange(budgets.bits.numel()).split(count)]
-    for number in range(-len(ahead), steps):
-        generator = generator_for(seed, NAME, 0, number + len(ahead))
-        picked = ahead[number] if number < 0 else budgets.draw(generator, count)
-        batch = torch.randperm(windows.shape[0], generator=generator)[: len(picked)]
-        # with fewer windows than sequences some pass twice
-        tokens = windows[batch.repeat(-(-len(picked) // len(batch)))[: len(picked)].to(windows.device)]
-        heat = HOT * (COLD / HOT) ** (max(number, 0) / max(steps - 1, 1))
-        divergence, read = _step(routed, budgets, picked.to(windows.device), tokens, heat, 1.0 if number < 0 else FOLLOW_PRICE)
-        if number >= 0:
-            set_rate(optimizer, number, steps)
-            optimizer.step()
-            sums.index_add_(1, picked, torch.stack([divergence, read, torch.ones_like(read)]).double().cpu())
-            progress("training routers", number + 1, steps, f"KL {divergence.mean():.3f}")
+    times = [time.monotonic()]
+    for number, picked in enumerate(ahead):
+        _step(routed, budgets, picked, _batch(windows, len(picked), generator_for(seed, NAME, 1, number)), HOT, 1.0)
+        times.append(time.monotonic())
+    optimizer.zero_grad()
+    # the first pass compiles and finds its memory
+    steps = steps_for((times[-1] - times[1]) / (len(ahead) - 1))
+    for number in range(steps):
+        generator = generator_for(seed, NAME, 0, number)
+        picked = budgets.draw(generator, count)
+        heat = HOT * (COLD / HOT) ** (number / max(steps - 1, 1))
+        divergence, read = _step(routed, budgets, picked, _batch(windows, count, generator), heat, FOLLOW_PRICE)
+        set_rate(optimizer, number, steps)
+        optimizer.step()
         optimizer.zero_grad()
+        sums.index_add_(1, picked, torch.stack([divergence, read, torch.ones_like(read)]).double())
+        progress("training routers", number + 1, steps, f"KL {divergence.mean():.3f}")
     found = zip(budgets.bits.tolist(), *(sums[:2] / sums[2]).tolist(), sums[2].tolist(), strict=True)
     return [{"budget": b, "kl": round(kl, 5), "read": round(read, 4)} for b, kl, read, seen in found if seen]
+
+
+def _batch(windows: Int[Tensor, "W L"], count: int, generator: torch.Generator) -> Int[Tensor, "S L"]:
+    """`count` windows, different ones while there are enough."""
+    picked = torch.randperm(windows.shape[0], generator=generator)[:count]
+    return windows[picked.repeat(-(-count // len(picked)))[:count].to(windows.device)]
 
 
 def _step(
     routed: Routed, budgets: Budgets, picked: Int[Tensor, " S"], tokens: Int[Tensor, "S L"], heat: float, follow_price: float
 ) -> tuple[Float[Tensor, " S"], Float[Tensor, " S"]]:
-    """Add the gradients of one batch; thresholds and prices follow. Returns divergence and bits read of each sequence."""
+    """Add the gradients of one batch; thresholds and prices follow. Returns divergence and bits of each sequence (host)."""
+    picked = picked.to(tokens.device)
     step = Step(budgets.tau[picked].requires_grad_(), budgets.cap[picked], heat)
     divergence, read, slope = routed.losses(tokens, step)
     kept, price = divergence.clamp_min(1e-6), budgets.price[picked]
@@ -260,7 +275,7 @@ def _step(
     budgets.price[picked] = price - follow_price * step.tau.grad / slope
     move = FOLLOW * (read.detach() - budgets.bits[picked]) / slope
     budgets.tau[picked] = step.tau.detach() - move.clamp(-MOST, MOST)
-    return divergence.detach(), read.detach()
+    return divergence.detach().cpu(), read.detach().cpu()
 
 
 @torch.no_grad()
@@ -304,11 +319,12 @@ def memory(routed_weights: int, rows: int, vocabulary: int, depths: int, tokens:
 
 def train(
     pair: Pair, inputs: Sequence[Sequence[str]], fitted: list[Fitted], windows: Int[Tensor, "W L"], form: Format,
-    training: Training, seed: int, device: torch.device, work: Work, progress: Report,
+    training: Training, steps_for: Callable[[float], int], seed: int, device: torch.device, work: Work, progress: Report,
 ) -> tuple[list[Fitted], list[dict[str, Any]]]:  # fmt: skip
     """Train the routers of the student, which are stored in its layers; returns what they score on sample tokens, and the log.
 
     `inputs` lists the layers by shared input, `fitted` what regression left. Taken from `work` where it was finished there.
+    `steps_for` says how many steps are taken, given the seconds of one.
     """
     layers = mobilinears(pair.student)
     owners = [name for names in inputs for name in names if layers[name].owner is layers[name]]
@@ -322,7 +338,7 @@ def train(
             return fitted, []
         budgets, on_device = Budgets.of(form, fitted, device), windows.to(device)
         with repeatable(device), opened(pair, form, owners, training.loss_power, device) as routed:
-            log = optimise(routed, budgets, on_device, training, seed, progress)
+            log = optimise(routed, budgets, on_device, training, steps_for, seed, progress)
             scores = sample_scores(routed, budgets, on_device)
             routers = {name: vars(gate.stored()) for name, gate in routed.gates.items()}
         values = {f"{name}.{key}": tensor.cpu() for name, parts in routers.items() for key, tensor in parts.items()}

@@ -27,6 +27,8 @@ from mobiquant.progress import Report
 FLOOR = 0.5
 # tokens are taken from so many windows
 WINDOWS = 16
+# tokens in one pass on CUDA, where reading the weights costs more than the products
+PASS = 8192
 
 
 @contextmanager
@@ -70,17 +72,19 @@ def gains(
         # transformers refuses to cast a model that is marked as quantised; layers keep what they have stored
         nn.Module.float(model).to(device).requires_grad_(False)
     windows = tokens[torch.linspace(0, len(tokens) - 1, min(WINDOWS, len(tokens))).long()]
-    for number, window in enumerate(windows):
-        ids = window[None].to(device)
+    done = 0
+    for part in windows.split(max(1, PASS // windows.shape[1]) if device.type == "cuda" else 1):
+        ids, share = part.to(device), len(part) / len(windows)
         with torch.no_grad():
-            wanted = pair.teacher(ids, use_cache=False).logits[0].log_softmax(-1)
+            wanted = pair.teacher(ids, use_cache=False).logits.flatten(0, 1).log_softmax(-1)
         for depth in range(1, len(form.slices) + 1):
             precision.set([float("-inf")], [depth])
             embedded = pair.student.get_input_embeddings()(ids).requires_grad_()  # type: ignore[operator]
             with torch.enable_grad(), _watched(layers, depth, found):
-                made = pair.student(inputs_embeds=embedded, use_cache=False).logits[0].log_softmax(-1)
-                (kl_div(made, wanted, reduction="batchmean", log_target=True) / len(windows)).backward()
-        progress("measuring layers", number + 1, len(windows))
+                made = pair.student(inputs_embeds=embedded, use_cache=False).logits.flatten(0, 1).log_softmax(-1)
+                (kl_div(made, wanted, reduction="batchmean", log_target=True) * share).backward()
+        done += len(part)
+        progress("measuring layers", done, len(windows))
     for model in (pair.student, pair.teacher):
         nn.Module.to(model, dtype).to("cpu")
     return {name: gain.cpu() for name, gain in found.items()}

@@ -31,8 +31,8 @@ SHARES = (0.15, 0.5, 0.85)
 FINE = 16
 # tokens that rows are measured on: half of the calibration tokens between these two, in sequences of at most so many
 LEAST, MOST, LENGTH = 1024, 8192, 256
-# tokens in work at once: enough that reading the weights costs little beside the products
-BATCH = 8192
+# tokens in work at once, on a CPU and on CUDA: enough that reading the weights costs little beside the products
+BATCH, CUDA_BATCH = 8192, 65536
 
 
 def measured_shape(count: int, length: int) -> tuple[int, int]:
@@ -97,7 +97,8 @@ class Measured:
         """Move every sequence behind one quantised block and count the depths read in it."""
         stage = Stage(block, index, calls, Precision(self.form.widths), device)
         _, sequences, length, width = self.hidden.shape
-        for part in torch.arange(len(self.rows)).split(max(1, BATCH // (sequences * length))):
+        batch = CUDA_BATCH if device.type == "cuda" else BATCH
+        for part in torch.arange(len(self.rows)).split(max(1, batch // (sequences * length))):
             pairs = [self.rows[row] for row in part for _ in range(sequences)]
             stage.precision.set([tau for tau, _ in pairs], [cap for _, cap in pairs])
             out = calls.run(stage.student, index, self.hidden[part].view(-1, length, width).to(device))
