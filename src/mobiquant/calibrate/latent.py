@@ -26,6 +26,8 @@ from mobiquant.config import Format
 from mobiquant.linear import MobiLinear, mobilinears
 
 TENSORS = ("position", "log_scale", "zero")
+# builds of torch without Triton (Windows) take the slow path
+FUSED = find_spec("triton") is not None
 
 
 def centre(position: Float[Tensor, "N K"], form: Format, depth: int) -> Float[Tensor, "N K"]:
@@ -83,7 +85,7 @@ class LatentLinear(nn.Module):
     def weight(self, dtype: torch.dtype) -> Float[Tensor, "N K"]:
         """The weight at the shared depth, differentiable."""
         form, depth = self.format, self.depth.value
-        if self.position.is_cuda and find_spec("triton") is not None:
+        if self.position.is_cuda and FUSED:
             from mobiquant.kernels import grid
 
             sizes = form.group_size, form.widths[depth - 1], form.slices[0], (s.MIN_SCALE, s.MAX_SCALE), s.ZERO_BITS
