@@ -35,7 +35,8 @@ def compare(slices, columns, group, device):
         again = grid.Read.apply(*fused, group, made.format.widths[depth - 1], slices[0], bounds, 8, torch.float32)
         assert torch.allclose(again.cpu(), weight, rtol=1e-5, atol=1e-6)
         for one, other in zip(torch.autograd.grad(again, fused, slope.to(device)), wanted, strict=True):
-            assert torch.allclose(one.cpu(), other, rtol=1e-4, atol=1e-5)
+            # sums over a group in another order
+            assert torch.allclose(one.cpu(), other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
 
 
 @pytest.mark.gpu

@@ -135,14 +135,14 @@ class Training:
     distill_steps: int = 1400
     distill_batch: int = 4
     depths_per_step: int = 8
-    position_rate: float = 1e-3
-    scale_rate: float = 5e-4
-    zero_rate: float = 1e-3
+    position_rate: float = 2e-3
+    scale_rate: float = 1e-3
+    zero_rate: float = 2e-3
     loss_power: float = 0.5
     clip_norm: float = 1.0
     sensitivity: bool = True
     routing_steps: int = 150
-    router_rate: float = 1e-2
+    router_rate: float = 6e-2
     budget_minutes: float | None = None
 
     def __post_init__(self) -> None:

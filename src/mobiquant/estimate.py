@@ -86,7 +86,7 @@ def estimate(
     groups = _groups(config)
     inputs = [tuple(f"{root}.{i}.{name}" for name in names) for i in range(len(stack)) for names in groups]
     layers = [(name, *blocks.weight_of(layer).shape) for name, layer in blocks.linears(stack).items()]
-    work = _work(skeleton, stack, groups, form, settings)
+    work = _work(skeleton, stack, groups, form, settings, device)
     if training is not None:
         _add_training(work, skeleton, len(stack), form, settings, training, device)
     checkpoint.build_layers(skeleton, Checkpoint(form, tuple(inputs)))
@@ -122,8 +122,9 @@ def _groups(config: Any) -> list[list[str]]:
 
 
 def _work(
-    skeleton: nn.Module, stack: nn.ModuleList, groups: list[list[str]], form: Format, settings: Calibration
-) -> dict[str, float]:
+    skeleton: nn.Module, stack: nn.ModuleList, groups: list[list[str]], form: Format, settings: Calibration,
+    device: torch.device,
+) -> dict[str, float]:  # fmt: skip
     """Bytes of streams and of one block in work; products in FLOP, columns, and rows times columns over all blocks."""
     tokens = (settings.samples or 0) * (settings.sequence_length or 0)
     streams = len({"fast": calibrate.fast, "paper": calibrate.paper, "full": nested}[settings.recipe].readings(form))
@@ -140,7 +141,7 @@ def _work(
         largest = max(largest, 4.0 * len(form.slices) * (4 * rows * k + 3 * k * k) + 8.0 * k * k * streams)
     weights = sum(blocks.weight_of(layer).numel() for layer in block.values())
     batch = settings.batch * (settings.sequence_length or 0)
-    measured = thresholds.measured_shape(settings.samples or 0, settings.sequence_length or 0)
+    measured = thresholds.measured_shape(settings.samples or 0, settings.sequence_length or 0, device)
     measured = (len(thresholds.SHARES) + 1) * (len(form.slices) - 1) * math.prod(measured)
     return {
         "streams": 4.0 * width * (tokens * (streams + 1) + measured),

@@ -150,7 +150,7 @@ def run(
     count = len(stack)
     progress("reading the model", 0, count)
     hidden, calls = blocks.capture(model, tokens, device, settings.batch)
-    short = blocks.capture(model, thresholds.beginnings(tokens), device, settings.batch) if route else None
+    short = blocks.capture(model, thresholds.beginnings(tokens, device), device, settings.batch) if route else None
     readings = (paper if settings.recipe == "paper" else fast).readings(form)
     streams = Streams(hidden, readings, settings.batch, device)
     precision, inputs, fitted, skipped = Precision(form.widths), [], [], left_out(model, root)
@@ -169,8 +169,8 @@ def run(
         progress("quantising blocks", index + 1, count)
     table = ()
     if short is not None:
-        measured = thresholds.Measured(short[0], form, fitted)
-        measured.run(stack, short[1], device, progress)
+        measured = thresholds.Measured(short[0], form, fitted, device)
+        measured.run(stack, short[1], progress)
         table = measured.table()
     _wire(stack, precision)
     return Checkpoint(form, tuple(inputs), table, skipped, provenance(model, tokens, settings), versions()), log

@@ -89,9 +89,9 @@ class Run:
         if self.plan.training.routing_steps:
             fitted, more = self._train_routers(fitted)
             log += more
-        hidden, calls = self._capture(thresholds.beginnings(self.tokens))
-        measured = thresholds.Measured(hidden, self.form, fitted)
-        measured.run(self.pair.stack, calls, self.device, self.progress)
+        hidden, calls = self._capture(thresholds.beginnings(self.tokens, self.device))
+        measured = thresholds.Measured(hidden, self.form, fitted, self.device)
+        measured.run(self.pair.stack, calls, self.progress)
         return replace(self.stored, thresholds=measured.table()), log
 
     @property

@@ -50,8 +50,8 @@ FOLLOW, FOLLOW_PRICE, MOST = 0.5, 0.2, 0.5
 LEAST = 0.02
 # turns over all budgets before the first step
 AHEAD = 2
-# sample tokens of each router whose scores give the shape of the threshold table
-SAMPLE = 4096
+# sample tokens of each router whose scores give the shape of the threshold table, and the sequences that they are taken from
+SAMPLE, SEQUENCES = 4096, 8
 
 
 @dataclass
@@ -197,7 +197,7 @@ class Routed:
             gate.begin(step)
         with torch.no_grad(), lower(tokens.device):
             wanted = self.pair.teacher(tokens, use_cache=False).logits.float().log_softmax(-1)
-        with torch.enable_grad(), lower(tokens.device):
+        with lower(tokens.device):
             logits = self.pair.student(tokens, use_cache=False).logits
         made = logits.float().log_softmax(-1)
         divergence = kl_div(made, wanted, reduction="none", log_target=True).sum(-1).mean(1)
@@ -266,10 +266,11 @@ def _step(
     """Add the gradients of one batch; thresholds and prices follow. Returns divergence and bits of each sequence (host)."""
     picked = picked.to(tokens.device)
     step = Step(budgets.tau[picked].requires_grad_(), budgets.cap[picked], heat)
-    divergence, read, slope = routed.losses(tokens, step)
-    kept, price = divergence.clamp_min(1e-6), budgets.price[picked]
-    loss = kept.pow(routed.power) / routed.power if routed.power else kept.log()
-    (loss + price * read).sum().backward()
+    with torch.enable_grad():
+        divergence, read, slope = routed.losses(tokens, step)
+        kept, price = divergence.clamp_min(1e-6), budgets.price[picked]
+        loss = kept.pow(routed.power) / routed.power if routed.power else kept.log()
+        (loss + price * read).sum().backward()
     slope = slope.clamp_max(-LEAST)
     assert step.tau.grad is not None
     budgets.price[picked] = price - follow_price * step.tau.grad / slope
@@ -280,11 +281,13 @@ def _step(
 
 @torch.no_grad()
 def sample_scores(routed: Routed, budgets: Budgets, windows: Int[Tensor, "W L"]) -> dict[str, Float[Tensor, "T R"]]:
-    """Scores of about `SAMPLE` tokens by each router, on the host, with sequences at budgets from the least to the greatest."""
-    count = min(windows.shape[0], -(-SAMPLE // windows.shape[1]))
-    picked = torch.linspace(0, budgets.bits.numel() - 1, count).long().to(windows.device)
-    routed.losses(windows[:count], Step(budgets.tau[picked], budgets.cap[picked], COLD))
-    return {name: gate.scores(gate.last).flatten(0, 1).cpu() for name, gate in routed.gates.items()}
+    """Scores of about `SAMPLE` tokens by each router, on the host, from sequences at budgets from the least to the greatest."""
+    budgets_of = torch.linspace(0, budgets.bits.numel() - 1, min(SEQUENCES, len(windows))).long()
+    places = torch.linspace(0, len(windows) - 1, len(budgets_of)).long()
+    picked, tokens = budgets_of.to(windows.device), windows[places.to(windows.device)]
+    routed.losses(tokens, Step(budgets.tau[picked], budgets.cap[picked], COLD))
+    stride = max(1, tokens.numel() // SAMPLE)
+    return {name: gate.scores(gate.last).flatten(0, 1)[::stride].cpu() for name, gate in routed.gates.items()}
 
 
 @contextmanager

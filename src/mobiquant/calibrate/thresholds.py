@@ -5,8 +5,9 @@ Depths chosen in one block change the inputs of the next, so at a few thresholds
 tokens through the quantised blocks at all of them side by side, as sequences of one batch. The table is the fine curve, moved
 by the measured difference. Straight lines between the measured points alone were off by 0.08 bits half way.
 
-What texts read at one threshold differs by 0.04 to 0.06 bits from one sequence to another, whether of 128 or 512 tokens; the
-first 256 tokens read 0.01 more than later ones. So many short sequences are measured, the beginnings of the calibration ones.
+What texts read at one threshold differs by 0.04 to 0.06 bits from one sequence to another, whether of 128 or 512 tokens, so
+many are measured. The first 256 tokens read 0.01 bits more than later ones with routers fitted by regression and up to 0.1 more
+with trained ones: on a CPU, where a user waits, beginnings of sequences are measured all the same, elsewhere longer ones.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from mobiquant import blocks, budget
 from mobiquant.calibrate.fast import Fitted
-from mobiquant.calibrate.streams import Stage
+from mobiquant.calibrate.streams import Stage, resting_place
 from mobiquant.config import Format
 from mobiquant.linear import Precision
 from mobiquant.progress import Report
@@ -29,21 +30,23 @@ from mobiquant.progress import Report
 SHARES = (0.15, 0.5, 0.85)
 # rows between two widths in the table
 FINE = 16
-# tokens that rows are measured on: half of the calibration tokens between these two, in sequences of at most so many
-LEAST, MOST, LENGTH = 1024, 8192, 256
-# tokens in work at once, on a CPU and on CUDA: enough that reading the weights costs little beside the products
-BATCH, CUDA_BATCH = 8192, 65536
+# tokens that rows are measured on: half of the calibration tokens, but this many and no more, in sequences of at most so many
+LEAST = 1024
+MOST, LENGTH = {"cpu": 8192, "cuda": 32768}, {"cpu": 256, "cuda": 2048}
+# tokens in work at once: enough that reading the weights costs little beside the products
+BATCH = {"cpu": 8192, "cuda": 32768}
 
 
-def measured_shape(count: int, length: int) -> tuple[int, int]:
+def measured_shape(count: int, length: int, device: torch.device) -> tuple[int, int]:
     """How many of `count` calibration sequences of `length` tokens rows are measured on, and how long their beginnings are."""
-    wanted, length = max(LEAST, min(count * length // 2, MOST)), min(length, LENGTH)
+    kind = "cpu" if device.type == "cpu" else "cuda"
+    wanted, length = max(LEAST, min(count * length // 2, MOST[kind])), min(length, LENGTH[kind])
     return min(count, -(-wanted // length)), length
 
 
-def beginnings(tokens: Int[Tensor, "S L"]) -> Int[Tensor, "S1 L1"]:
+def beginnings(tokens: Int[Tensor, "S L"], device: torch.device) -> Int[Tensor, "S1 L1"]:
     """The part of the calibration tokens that rows are measured on."""
-    kept, length = measured_shape(*tokens.shape)
+    kept, length = measured_shape(*tokens.shape, device)
     return tokens[torch.linspace(0, len(tokens) - 1, kept).long(), :length]
 
 
@@ -87,29 +90,31 @@ def tau_for(bits: float, cap: int, form: Format, fitted: list[Fitted]) -> float:
 class Measured:
     """Sequences at each row of the table, and what they read so far; `hidden` are their states before the first block."""
 
-    def __init__(self, hidden: Float[Tensor, "S L D"], form: Format, fitted: list[Fitted]):
-        self.form, self.fitted, self.rows = form, fitted, rows(form, fitted, SHARES)
-        self.hidden = hidden.repeat(len(self.rows), 1, 1, 1)  # [rows, S, L, D]
+    def __init__(self, hidden: Float[Tensor, "S L D"], form: Format, fitted: list[Fitted], device: torch.device):
+        self.form, self.fitted, self.rows, self.device = form, fitted, rows(form, fitted, SHARES), device
+        place = resting_place(4 * hidden.numel() * len(self.rows), device)
+        self.hidden = hidden.to(place).repeat(len(self.rows), 1, 1, 1)  # [rows, S, L, D]
         self.counts = torch.zeros(len(self.rows), len(form.slices), dtype=torch.float64)
 
     @torch.no_grad()
-    def run_block(self, block: nn.Module, index: int, calls: blocks.Calls, device: torch.device) -> None:
+    def run_block(self, block: nn.Module, index: int, calls: blocks.Calls) -> None:
         """Move every sequence behind one quantised block and count the depths read in it."""
+        device = self.device
         stage = Stage(block, index, calls, Precision(self.form.widths), device)
         _, sequences, length, width = self.hidden.shape
-        batch = CUDA_BATCH if device.type == "cuda" else BATCH
+        batch = BATCH["cpu" if device.type == "cpu" else "cuda"]
         for part in torch.arange(len(self.rows)).split(max(1, batch // (sequences * length))):
             pairs = [self.rows[row] for row in part for _ in range(sequences)]
             stage.precision.set([tau for tau, _ in pairs], [cap for _, cap in pairs])
             out = calls.run(stage.student, index, self.hidden[part].view(-1, length, width).to(device))
-            self.hidden[part] = out.cpu().view(len(part), sequences, length, width)
+            self.hidden[part] = out.to(self.hidden.device).view(len(part), sequences, length, width)
             self.counts[part] += stage.precision.entry_counts().view(len(part), sequences, -1).sum(1)
             stage.precision.depth_shares(reset=True)
 
-    def run(self, stack: nn.ModuleList, calls: blocks.Calls, device: torch.device, progress: Report) -> None:
+    def run(self, stack: nn.ModuleList, calls: blocks.Calls, progress: Report) -> None:
         """`run_block` for every block of a model."""
         for index, block in enumerate(stack):
-            self.run_block(block, index, calls, device)
+            self.run_block(block, index, calls)
             progress("measuring thresholds", index + 1, len(stack))
 
     def table(self) -> tuple[dict[str, Any], ...]:
