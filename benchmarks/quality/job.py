@@ -67,19 +67,27 @@ class Bench:
                 row["bits_read"] = one.bits_read if row["bits_read"] is None else row["bits_read"]
         return rows
 
-    def accuracies(self, model: Any, rows: list[dict[str, Any]]) -> None:
-        """Add the accuracies of the tasks to the rows, to those of `task_bits` where budgets are many."""
+    def accuracies(self, model: Any, rows: list[dict[str, Any]]) -> dict[str, str]:
+        """Add the accuracies of the tasks to the rows, to those of `task_bits` where budgets are many.
+
+        What went wrong is returned as `task_error`: perplexities stay what they are.
+        """
         if not self.settings.tasks:
-            return
+            return {}
         folder = None if self.settings.task_folder is None else Path(self.settings.task_folder)
         wanted = [row for row in rows if row["bits"] is None or row["bits"] in (self.settings.task_bits or (row["bits"],))]
-        for row in wanted:
-            found = tasks.measure(
-                model, self.tokenizer, self.settings.tasks, () if row["bits"] is None else (row["bits"],),
-                fixed=not row["routed"], folder=folder, limit=self.settings.limit,
-                batch=64 if self.device.type == "cuda" else 16,
-            )  # fmt: skip
-            row["accuracy"] = {**found[0].accuracy, "mean": found[0].mean}
+        try:
+            for row in wanted:
+                found = tasks.measure(
+                    model, self.tokenizer, self.settings.tasks, () if row["bits"] is None else (row["bits"],),
+                    fixed=not row["routed"], folder=folder, limit=self.settings.limit,
+                    batch=64 if self.device.type == "cuda" else 16,
+                )  # fmt: skip
+                row["accuracy"] = {**found[0].accuracy, "mean": found[0].mean}
+        except InputError as error:
+            traceback.print_exc()
+            return {"task_error": str(error)}
+        return {}
 
 
 def run(settings: Settings, job: Job, device: torch.device, work: Path) -> dict[str, Any]:
@@ -88,8 +96,7 @@ def run(settings: Settings, job: Job, device: torch.device, work: Path) -> dict[
     if job.kind == "float":
         model = bench.float_model().to(device)
         rows = bench.rows(model)
-        bench.accuracies(model, rows)
-        return {"seconds": None, "stored_bits": None, "rows": rows}
+        return {"seconds": None, "stored_bits": None, "rows": rows, **bench.accuracies(model, rows)}
     return _peer(bench, job) if job.kind == "peer" else _own(bench, job, work)
 
 
@@ -105,13 +112,13 @@ def _peer(bench: Bench, job: Job) -> dict[str, Any]:
     model = made.to(bench.dtype).eval().requires_grad_(False)
     peers.check_grid(job.method, model, bits, settings.group_size)
     rows = bench.rows(model, reference=bench.float_model().to(bench.device))
-    bench.accuracies(model, rows)
+    failed = bench.accuracies(model, rows)
     for row in rows:
         row |= {"bits": bits, "bits_read": bits}
     seen = {"tokens": tokens.numel(), "crc32": f"{zlib.crc32(tokens.contiguous().numpy()):08x}"}
     uses = job.method not in ("rtn", "hqq")
     stored = peers.stored_bits(job.method, model, bits, settings.group_size)
-    return {"seconds": seconds, "stored_bits": stored, "rows": rows, "calibration": seen if uses else {}}
+    return {"seconds": seconds, "stored_bits": stored, "rows": rows, "calibration": seen if uses else {}, **failed}
 
 
 def _own(bench: Bench, job: Job, work: Path) -> dict[str, Any]:
@@ -126,8 +133,9 @@ def _own(bench: Bench, job: Job, work: Path) -> dict[str, Any]:
     routed = tuple(b for b in settings.routed if widths[0] <= b <= widths[-1])
     reference = bench.float_model().to(bench.device)
     rows = bench.rows(model, fixed, fixed=True, reference=reference) + bench.rows(model, routed, reference=reference)
-    bench.accuracies(model, rows)
-    return {"seconds": made.seconds, "stored_bits": made.stored_bits, "rows": rows, "calibration": made.calibration}
+    failed = bench.accuracies(model, rows)
+    facts = {"seconds": made.seconds, "stored_bits": made.stored_bits, "calibration": made.calibration}
+    return {**facts, "rows": rows, **failed}
 
 
 def versions() -> dict[str, str]:

@@ -170,7 +170,7 @@ def autoround(given: Given, iterations: int = 200, extended: bool = False) -> Pr
         enable_torch_compile=None if on_cuda else False,
     )
     model, _ = made.quantize()
-    # it stops gradients nowhere and leaves the global switch for deterministic algorithms on
+    # it leaves the whole process asking for deterministic algorithms
     torch.use_deterministic_algorithms(False)
     return model.to(given.device)
 

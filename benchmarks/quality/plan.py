@@ -148,4 +148,4 @@ def known(path: Path, settings: Settings, job: Job) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     same = isinstance(found, dict) and found.get("made") == describe(settings, job)
-    return found if same and not found.get("error") else None
+    return found if same and not found.get("error") and not found.get("task_error") else None

@@ -121,4 +121,5 @@ def told(job: Job, result: dict[str, Any]) -> str:
         return f"{named(job)} failed: {result['error']}"
     shown = [f"{next(iter(row['scores'].values()))['perplexity']:.4g}" for row in result["rows"]]
     took = "" if result["seconds"] is None else f", {result['seconds']:.0f} s"
-    return f"{named(job)}: perplexity {', '.join(shown)}{took}"
+    failed = f"; tasks failed: {result['task_error']}" if result.get("task_error") else ""
+    return f"{named(job)}: perplexity {', '.join(shown)}{took}{failed}"

@@ -74,7 +74,7 @@ def _line(
         gather(lambda result, _: result["stored_bits"]),
         gather(lambda result, _: result["seconds"]),
         scores["perplexity"], scores["kl"],
-        {task: gather(lambda _, row, t=task: row["accuracy"][t]) for task in tasks},
+        {task: gather(lambda _, row, t=task: row.get("accuracy", {}).get(t)) for task in tasks},
     )  # fmt: skip
 
 
@@ -198,7 +198,8 @@ def markdown(results: Sequence[dict[str, Any]], about: dict[str, Any], widths: S
     parts += _published(about["model"])
     used = {result["made"]["job"]["method"] for result in results}
     how = [f"- {peer.label}: {peer.how}." for name, peer in methods.PEERS.items() if name in used]
-    made = [*how, *_calibration(results)]
+    failed = [f"- {result['label']}: tasks failed, {result['task_error']}." for result in results if result.get("task_error")]
+    made = [*how, *_calibration(results), *dict.fromkeys(failed)]
     parts += ["## How", "\n".join(made)] if made else []
     return "\n\n".join(parts) + "\n"
 
