@@ -82,11 +82,14 @@ def check(settings: plan.Settings, devices: str, task_data: Path | None) -> list
 
 def command_line() -> str:
     """This call without the folders of this machine."""
-    shown = []
-    for word in sys.argv[1:]:
-        name, equals, rest = word.partition("=")
-        shown.append(f"{name}={plan.bare(rest)}" if equals and not word.startswith("-") else plan.bare(word))
-    return "python benchmarks/quality " + shlex.join(shown)
+
+    def bare(word: str) -> str:
+        if " " in word:
+            return " ".join(bare(part) for part in word.split(" "))
+        name, equals, rest = word.rpartition("=")
+        return name + equals + plan.bare(rest)
+
+    return "python benchmarks/quality " + shlex.join(bare(word) for word in sys.argv[1:])
 
 
 def printable(settings: plan.Settings) -> dict[str, Any]:

@@ -128,9 +128,9 @@ def jobs(
     for name in dict.fromkeys(names):
         if name in methods.PEERS:
             only = methods.PEERS[name].only
-            found += [Job("peer", name, b) for b in bits if only is None or b in only]
+            found += [Job("peer", name, b) for b in dict.fromkeys(bits) if only is None or b in only]
         elif name in methods.RECIPES:
-            found += [Job("recipe", name, None, seed, arguments.get(name, ())) for seed in seeds]
+            found += [Job("recipe", name, None, seed, arguments.get(name, ())) for seed in dict.fromkeys(seeds)]
     for name, folder in checkpoints.items():
         found.append(Job("checkpoint", name, arguments=(str(folder.resolve()), stamp(str(folder)))))
     return sorted(found, key=lambda job: -job.minutes)
