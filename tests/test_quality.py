@@ -23,6 +23,7 @@ sys.path.insert(0, str(HOME))
 
 import command  # noqa: E402
 import methods  # noqa: E402
+import ours  # noqa: E402
 import peers  # noqa: E402
 import picture  # noqa: E402
 import plan  # noqa: E402
@@ -224,6 +225,13 @@ def test_each_process_sees_its_own_device():
 def test_the_folder_runs_as_a_command():
     done = subprocess.run([sys.executable, str(HOME), "--help"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "Example: python benchmarks/quality" in done.stdout
+
+
+def test_seconds_of_a_run_that_was_killed_count(tmp_path):
+    clock = tmp_path / "clock"
+    clock.write_text("100.0")
+    seconds, said, code = ours._timed([sys.executable, "-c", "import sys; sys.exit('no')"], clock)
+    assert 100 < seconds == pytest.approx(float(clock.read_text()), abs=1e-3) and (said, code) == ("no\n", 1)
 
 
 def test_a_process_that_dies_or_hangs_is_a_failed_row(home, tmp_path, monkeypatch):

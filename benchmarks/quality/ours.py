@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from plan import Job, Settings
 from mobiquant import checkpoint, estimate
 from mobiquant.calibrate.work import PLAN
 from mobiquant.config import InputError
+
+TICK = 5.0
 
 
 @dataclass(frozen=True)
@@ -41,21 +44,38 @@ def command(settings: Settings, job: Job, device: str) -> list[str]:
 def quantize(settings: Settings, job: Job, device: str, work: Path) -> Made:
     """Run a recipe and describe what it made; raises InputError with the last line of the command where it fails.
 
-    The checkpoint stays below `work`. So does what the full recipe keeps while it trains: a run that was killed goes on there.
+    The checkpoint stays below `work`. So does what the full recipe keeps while it trains: a run that was killed goes on there,
+    and its seconds go on too.
     """
     words, folder = command(settings, job, device), work / "checkpoints" / job.key
-    last = ["--output", str(folder), "--overwrite"]
+    last, clock = ["--output", str(folder), "--overwrite"], None
     if job.method == "full":
         kept = work / "training" / f"{job.key}-{zlib.crc32(' '.join(words).encode()):08x}"
-        last += ["--work-dir", str(kept), *(["--resume"] if (kept / PLAN).is_file() else [])]
-    started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "mobiquant", *words, *last], capture_output=True, text=True)
-    seconds = time.perf_counter() - started
-    print(done.stdout, done.stderr, file=sys.stderr)
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise InputError(said[-1].removeprefix("mobiquant: "))
+        going_on = (kept / PLAN).is_file()
+        last += ["--work-dir", str(kept), *(["--resume"] if going_on else [])]
+        clock = kept.with_suffix(".seconds")
+        clock.parent.mkdir(parents=True, exist_ok=True)
+        if not going_on:
+            clock.unlink(missing_ok=True)
+    seconds, said, code = _timed([sys.executable, "-m", "mobiquant", *words, *last], clock)
+    print(said, file=sys.stderr)
+    if code:
+        raise InputError((said.strip().splitlines() or [f"exit code {code}"])[-1].removeprefix("mobiquant: "))
     return describe(folder, seconds)
+
+
+def _timed(words: list[str], clock: Path | None) -> tuple[float, str, int]:
+    """Seconds, stderr and exit code of a command; `clock` is a file that adds up the seconds of calls, killed ones too."""
+    before = float(clock.read_text()) if clock is not None and clock.is_file() else 0.0
+    started, said = time.perf_counter(), None
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while said is None:
+            with suppress(subprocess.TimeoutExpired):
+                _, said = process.communicate(timeout=TICK)
+            seconds = before + time.perf_counter() - started
+            if clock is not None:
+                clock.write_text(f"{seconds:.3f}")
+    return seconds, said, process.returncode
 
 
 def describe(folder: Path, seconds: float | None = None) -> Made:
