@@ -46,8 +46,15 @@ PEERS = {
             "awq",
             "AWQ (llm-compressor)",
             "half of the 20 scales of its search from activations, half from activations and weights (duo_scaling='both'), "
-            "ranges by the squared-error search of the package, which stands for the clipping search of the paper",
+            "range of each group from its minimum to its maximum as in its examples",
             2,
+        ),
+        Peer(
+            "awqsearch",
+            "AWQ (llm-compressor), ranges searched",
+            "the same with ranges by the squared-error search of the package, which stands for the clipping of the paper",
+            3,
+            only=(2,),
         ),
         Peer(
             "hqq", "HQQ", "its proximal optimiser on, axis 0: the better and slower one of its two layouts", 0.2, zero_bits=16

@@ -66,15 +66,20 @@ def gptq(given: Given) -> PreTrainedModel:
     )
 
 
-def awq(given: Given) -> PreTrainedModel:
-    """AWQ of llm-compressor."""
+def awq(given: Given, observer: str = "memoryless_minmax") -> PreTrainedModel:
+    """AWQ of llm-compressor; `observer` names how it finds the range of a group."""
     with installed("llmcompressor"):
         from llmcompressor.modifiers.quantization import QuantizationModifier  # pyright: ignore[reportMissingImports]
         from llmcompressor.modifiers.transform.awq import AWQModifier  # pyright: ignore[reportMissingImports]
-    groups = _groups(given, "memoryless_mse")
+    groups = _groups(given, observer)
     smoothing = AWQModifier(duo_scaling="both", n_grid=20)
     with _without_pinning():
         return _oneshot(given, [smoothing, QuantizationModifier(config_groups=groups, ignore=["lm_head"])])
+
+
+def awqsearch(given: Given) -> PreTrainedModel:
+    """AWQ with ranges searched."""
+    return awq(given, "memoryless_mse")
 
 
 def _groups(given: Given, observer: str) -> dict[str, Any]:
@@ -186,7 +191,7 @@ def autoround1000sym(given: Given) -> PreTrainedModel:
 
 
 METHODS: dict[str, Callable[[Given], PreTrainedModel]] = {
-    function.__name__: function for function in (rtn, gptq, awq, hqq, autoround, autoround1000, autoround1000sym)
+    function.__name__: function for function in (rtn, gptq, awq, awqsearch, hqq, autoround, autoround1000, autoround1000sym)
 }
 
 
