@@ -1,0 +1,5 @@
+"""Lets `python benchmarks/quality` run the comparison."""
+
+from command import main
+
+main()
