@@ -180,6 +180,29 @@ def test_numbers_of_seeds_and_of_disasters():
     assert table.shown((959966.25,)) == "9.60e+05" and table.shown(()) == "-"
 
 
+def test_a_routed_line_is_compared_with_the_fixed_depths_of_its_checkpoint():
+    def one(bits, perplexity, routed=False):
+        scores = {"t": {"perplexity": perplexity, "kl": 0.1, "windows": 1}}
+        return result("full", bits, "recipe", routed=routed, scores=scores)
+
+    found = table.lines([one(2, 40.0), one(4, 10.0), one(3, 19.0, True), one(5, 9.0, True)])
+    gains = {(line.bits, line.routed): table.gain(line, found, "t") for line in found}
+    # half way between 40 and 10 in the logarithm is 20
+    assert gains[3, True] == pytest.approx(-5) and gains[5, True] is None and gains[2, False] is None
+    assert "| -5.0 % |" in table.everything(found)
+
+
+def test_ablations_are_the_recipe_with_one_thing_changed():
+    found = plan.jobs(["full"], [2], [3], {}, {"full": ("--distill-steps", "80")}, command.variants("--distill-steps 80", 16))
+    assert len({job.key for job in found}) == len(methods.ABLATIONS) + 1 and {job.seed for job in found} == {3}
+    by_name = {job.variant: job.arguments for job in found}
+    assert by_name[""] == ("--distill-steps", "80")
+    assert by_name["routers per linear"] == ("--distill-steps", "80", "--routers", "per-linear")
+    assert by_name["a quarter of the tokens"][2:] == ("--samples", "4", "--distill-steps", "20")
+    labels = [job.label for job in found]
+    assert "mobiquant full" in labels and "mobiquant full, slices 2,2,2,2" in labels
+
+
 def test_a_picture_of_every_kind_of_line(tmp_path):
     found = [result("rtn", 2), result("rtn", 3), result("float", kind="float")]
     found += [result("full", 2.5, "recipe", seed=seed, routed=True) for seed in (0, 1)]

@@ -9,6 +9,7 @@ import shlex
 import sys
 from dataclasses import asdict
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +22,7 @@ import zero_shot
 from rich.console import Console
 from schedule import Schedule
 
-from mobiquant.config import InputError
+from mobiquant.config import InputError, Training
 
 out, err = Console(), Console(stderr=True)
 KNOWN = f"{methods.FLOAT}, {', '.join(methods.PEERS)}; ours: {', '.join(methods.RECIPES)}"
@@ -52,6 +53,15 @@ def pairs(options: list[str]) -> dict[str, Path]:
             raise InputError(f"checkpoint '{option}' is not usable: give NAME=DIR with the folder of a mobiquant checkpoint")
         found[name] = Path(folder)
     return found
+
+
+def variants(full_args: str, samples: int) -> dict[str, tuple[str, ...]]:
+    """Arguments of the ablations of `full`, whose own are `full_args`."""
+    words = shlex.split(full_args)
+    given = {word: value for word, value in pairwise(words) if word in ("--distill-steps", "--samples")}
+    steps = int(given.get("--distill-steps", Training().distill_steps))
+    found = methods.ablations(int(given.get("--samples", samples)), steps)
+    return {name: tuple(shlex.split(how)) for name, how in found.items()}
 
 
 def say(line: str) -> None:
@@ -99,8 +109,8 @@ def printable(settings: plan.Settings) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in ("stamps", "task_folder")}
 
 
-def write(output: Path, results: list[dict[str, Any]], settings: plan.Settings, bits: list[int]) -> Path:
-    """Write `quality.md`, `quality.png` and `quality.json`; returns the path of the page."""
+def write(output: Path, name: str, results: list[dict[str, Any]], settings: plan.Settings, bits: list[int]) -> Path:
+    """Write `NAME.md`, `NAME.png` and `NAME.json`; returns the path of the page."""
     output.mkdir(parents=True, exist_ok=True)
     about = printable(settings) | {"command": command_line()}
     kept = []
@@ -108,11 +118,11 @@ def write(output: Path, results: list[dict[str, Any]], settings: plan.Settings, 
         job = result["made"]["job"]
         job = {**job, "arguments": [plan.bare(word) for word in job["arguments"]]}
         kept.append({"job": job, **{name: value for name, value in result.items() if name != "made"}})
-    (output / "quality.json").write_text(json.dumps({**about, "results": kept}, indent=1) + "\n")
+    (output / f"{name}.json").write_text(json.dumps({**about, "results": kept}, indent=1) + "\n")
     found = table.lines(results)
-    picture.draw(found, output / "quality.png", about["model"])
-    page = output / "quality.md"
-    page.write_text(table.markdown(results, about, bits, "quality.png"))
+    picture.draw(found, output / f"{name}.png", about["model"])
+    page = output / f"{name}.md"
+    page.write_text(table.markdown(results, about, bits, f"{name}.png"))
     return page
 
 
@@ -144,10 +154,12 @@ def compare(
     fast_args: Annotated[str, typer.Option(help="More arguments of mobiquant quantize for the recipe fast.")] = "",
     paper_args: Annotated[str, typer.Option(help="The same for the recipe paper.")] = "",
     full_args: Annotated[str, typer.Option(help="The same for the recipe full, such as '--block-steps 0'.")] = "",
+    ablations: Annotated[bool, typer.Option(help="Run full once for each thing left out of it or set otherwise.")] = False,
     devices: Annotated[str, typer.Option(help="Devices with commas, a job at a time on each: cpu, or cuda:0,cuda:1.")] = "auto",
     job_minutes: Annotated[float, typer.Option(help="A job that takes longer has failed.")] = 180.0,
     work: Annotated[Path, typer.Option(help="Folder for results of jobs, logs and checkpoints; a call goes on there.")] = WORK,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for quality.md, .png and .json; replaced.")] = OUTPUT,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the page, the picture and the figures.")] = OUTPUT,
+    name: Annotated[str, typer.Option(help="Name of these three files, which are replaced.")] = "quality",
 ) -> None:
     """Compare quantisers on one model: perplexity, divergence from the float model, stored bits, seconds, accuracy.
 
@@ -156,7 +168,7 @@ def compare(
     extra = dict(zip(methods.RECIPES, (fast_args, paper_args, full_args), strict=True))
     jobs = plan.jobs(
         words(methods_), numbers(bits, "bits"), numbers(seeds, "seeds"), pairs(checkpoint or []),
-        {name: tuple(shlex.split(given)) for name, given in extra.items()},
+        {name: tuple(shlex.split(given)) for name, given in extra.items()}, variants(full_args, samples) if ablations else {},
     )  # fmt: skip
     folder = work.resolve() / "zero-shot" if tasks and task_data else None
     calibration, text = calibration or ["builtin"], text or ["builtin"]
@@ -168,7 +180,7 @@ def compare(
     )  # fmt: skip
     places = check(settings, devices, task_data)
     results = Schedule(settings, work.resolve(), job_minutes, say).run(jobs, places)
-    page = write(output, results, settings, numbers(bits, "bits"))
+    page = write(output, name, results, settings, numbers(bits, "bits"))
     out.print(table.everything(table.lines(results)), markup=False, highlight=False, soft_wrap=True)
     say(f"written: {page}")
     if all(result["error"] for result in results):

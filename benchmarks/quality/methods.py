@@ -77,3 +77,29 @@ PEERS = {
     )
 }
 OWN = {"fast": 2.0, "paper": 30.0, "full": 12.0}
+
+# what is left out of `full`, put in or set otherwise, one thing at a time; a number is a factor of the tokens it sees
+ABLATIONS = {
+    "with block training": "--block-steps 100",
+    "without end-to-end training": "--block-steps 100 --distill-steps 0",
+    "routers by regression": "--routing-steps 0",
+    "routers by regression, layers alike": "--routing-steps 0 --no-sensitivity",
+    "routers per linear": "--routers per-linear",
+    "slices 2,2,2,2": "--slices 2,2,2,2",
+    "slices 2,1,1,1,1,1,1": "--slices 2,1,1,1,1,1,1",
+    "groups of 32": "--group-size 32",
+    "groups of 64": "--group-size 64",
+    "groups of 128": "--group-size 128",
+    "a quarter of the tokens": 0.25,
+    "four times the tokens": 4,
+}
+
+
+def ablations(samples: int, steps: int) -> dict[str, str]:
+    """Arguments of `full` by what is other than usual; tokens are those of `fast` and routers, and those of the training."""
+    return {
+        name: how
+        if isinstance(how, str)
+        else f"--samples {max(1, int(samples * how))} --distill-steps {max(1, int(steps * how))}"
+        for name, how in ABLATIONS.items()
+    }

@@ -5,6 +5,7 @@ plain JSON: a result holds those it was made with, and is used again as long as 
 """
 
 import json
+import re
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,26 +60,33 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """One thing to quantise and measure; `arguments` are those of the recipe, or the folder of a checkpoint."""
+    """One thing to quantise and measure; `arguments` are those of the recipe, or the folder of a checkpoint.
+
+    `variant` names a recipe that is run otherwise than usual.
+    """
 
     kind: Kind
     method: str
     bits: int | None = None
     seed: int = 0
     arguments: tuple[str, ...] = ()
+    variant: str = ""
 
     @property
     def key(self) -> str:
         """Name of its files in the work folder."""
         tail = {"peer": f"-{self.bits}", "recipe": f"-seed{self.seed}"}.get(self.kind, "")
-        return f"{self.kind}-{self.method}{tail}"
+        variant = f"-{re.sub(r'[^a-z0-9.]+', '-', self.variant.lower())}" if self.variant else ""
+        return f"{self.kind}-{self.method}{variant}{tail}"
 
     @property
     def label(self) -> str:
         """Name in tables and progress lines, without width and seed."""
         if self.kind == "peer":
             return methods.PEERS[self.method].label
-        return f"mobiquant {self.method}" if self.kind == "recipe" else self.method
+        if self.kind == "recipe":
+            return f"mobiquant {self.method}" + (f", {self.variant}" if self.variant else "")
+        return self.method
 
     @property
     def minutes(self) -> float:
@@ -109,9 +117,13 @@ def stamp(name: str) -> str:
 
 
 def jobs(
-    names: list[str], bits: list[int], seeds: list[int], checkpoints: dict[str, Path], arguments: dict[str, tuple[str, ...]]
-) -> list[Job]:
-    """All jobs, long ones first; raises InputError on a method or a width that is not known."""
+    names: list[str], bits: list[int], seeds: list[int], checkpoints: dict[str, Path], arguments: dict[str, tuple[str, ...]],
+    variants: dict[str, tuple[str, ...]],
+) -> list[Job]:  # fmt: skip
+    """All jobs, long ones first; raises InputError on a method or a width that is not known.
+
+    `arguments` are those of each recipe, `variants` more arguments of `full` by name, which win.
+    """
     known = (methods.FLOAT, *methods.PEERS, *methods.RECIPES)
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -131,6 +143,8 @@ def jobs(
             found += [Job("peer", name, b) for b in dict.fromkeys(bits) if only is None or b in only]
         elif name in methods.RECIPES:
             found += [Job("recipe", name, None, seed, arguments.get(name, ())) for seed in dict.fromkeys(seeds)]
+    usual = arguments.get("full", ())
+    found += [Job("recipe", "full", None, seeds[0], (*usual, *more), name) for name, more in variants.items()]
     for name, folder in checkpoints.items():
         found.append(Job("checkpoint", name, arguments=(str(folder.resolve()), stamp(str(folder)))))
     return sorted(found, key=lambda job: -job.minutes)

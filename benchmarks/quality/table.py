@@ -4,6 +4,8 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from math import exp, log
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import methods
 PUBLISHED = Path(__file__).with_name("published.json")
 Numbers = tuple[float, ...]
 EXPLAINED = (
+    "To the line: where a routed budget lies on the first text, against the straight line in log perplexity over bits read "
+    "between the fixed depths of the same checkpoint; below it, routing pays. "
     "KL is the mean divergence of the next-token distribution from the float model, in nats. Stored bits count codes, scales, "
     "zero points and routers for each quantised weight. Seconds are those of quantising; ours load the model and write the "
     "checkpoint in them, and one checkpoint is all of its rows. Several seeds are a mean with the smallest and the largest."
@@ -121,13 +125,27 @@ def headline(found: Sequence[Line], widths: Sequence[int], text: str) -> str:
     return grid(["method", "models", *(f"{width} bits" for width in widths)], rows)
 
 
+def gain(line: Line, found: Sequence[Line], text: str) -> float | None:
+    """Percent by which a routed line lies above (below: negative) the straight line, in the logarithm of perplexity over bits
+    read, between the fixed depths of the same checkpoint; None for what is not routed or not between two depths."""
+    depths = sorted((mean(o.read), log(mean(o.perplexity[text]))) for o in found if o.name == line.name and o.own and not o.routed
+                    and not o.error)  # fmt: skip
+    if not line.routed or line.error:
+        return None
+    at = mean(line.read)
+    for (low, first), (high, last) in pairwise(depths):
+        if low <= at <= high:
+            return 100 * (mean(line.perplexity[text]) / exp(first + (last - first) * (at - low) / (high - low)) - 1)
+    return None
+
+
 def everything(found: Sequence[Line]) -> str:
     """All lines with all columns."""
     good = next((line for line in found if not line.error), None)
     texts = list(good.perplexity) if good else []
     tasks = list(dict.fromkeys(task for line in found for task in line.accuracy))
     scores = [f"{what} {text}" for text in texts for what in ("perplexity", "KL")]
-    head = ["method", "bits asked", "bits read", "stored bits", *(scores or ["perplexity"]), "seconds", *tasks]
+    head = ["method", "bits asked", "bits read", "stored bits", *(scores or ["perplexity"]), "to the line", "seconds", *tasks]
     rows = []
     for line in found:
         asked = "-" if line.bits is None else f"{line.bits:g}"
@@ -138,7 +156,9 @@ def everything(found: Sequence[Line]) -> str:
         cells = [shown(part[text], how) for text in texts for part, how in ((line.perplexity, ".2f"), (line.kl, ".3g"))]
         accuracy = [shown(line.accuracy.get(task, ())) for task in tasks]
         read, stored = shown(line.read, ".3f"), shown(line.stored, ".3f")
-        rows.append([full_name(line), asked, read, stored, *cells, shown(line.seconds, ".1f"), *accuracy])
+        above = gain(line, found, texts[0])
+        against = "-" if above is None else f"{above:+.1f} %"
+        rows.append([full_name(line), asked, read, stored, *cells, against, shown(line.seconds, ".1f"), *accuracy])
     return grid(head, rows)
 
 
