@@ -97,9 +97,8 @@ ABLATIONS = {
 
 def ablations(samples: int, steps: int) -> dict[str, str]:
     """Arguments of `full` by what is other than usual; tokens are those of `fast` and routers, and those of the training."""
-    return {
-        name: how
-        if isinstance(how, str)
-        else f"--samples {max(1, int(samples * how))} --distill-steps {max(1, int(steps * how))}"
-        for name, how in ABLATIONS.items()
-    }
+
+    def scaled(factor: float) -> str:
+        return f"--samples {max(1, int(samples * factor))} --distill-steps {max(1, int(steps * factor))}"
+
+    return {name: how if isinstance(how, str) else scaled(how) for name, how in ABLATIONS.items()}

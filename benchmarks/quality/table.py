@@ -128,8 +128,8 @@ def headline(found: Sequence[Line], widths: Sequence[int], text: str) -> str:
 def gain(line: Line, found: Sequence[Line], text: str) -> float | None:
     """Percent by which a routed line lies above (below: negative) the straight line, in the logarithm of perplexity over bits
     read, between the fixed depths of the same checkpoint; None for what is not routed or not between two depths."""
-    depths = sorted((mean(o.read), log(mean(o.perplexity[text]))) for o in found if o.name == line.name and o.own and not o.routed
-                    and not o.error)  # fmt: skip
+    fixed = [o for o in found if o.name == line.name and o.own and not o.routed and not o.error]
+    depths = sorted((mean(o.read), log(mean(o.perplexity[text]))) for o in fixed)
     if not line.routed or line.error:
         return None
     at = mean(line.read)
