@@ -137,7 +137,7 @@ def quantize(
     block_steps: BlockSteps = None,
     distill_steps: Annotated[int, typer.Option(help="Full recipe: steps end to end, 0 to leave it out.")] = 1400,
     sensitivity: Annotated[bool, typer.Option(help="Full recipe: routers compare layers by what each is worth.")] = True,
-    routing_steps: Annotated[int, typer.Option(help="Full recipe: steps for routers end to end, 0 to leave it out.")] = 150,
+    routing_steps: Annotated[int, typer.Option(help="Full recipe: steps for routers end to end, 0 to leave it out.")] = 200,
     budget_minutes: Annotated[float | None, typer.Option(help="Full recipe: bound on the whole; takes fewer steps.")] = None,
     work_dir: Annotated[Path | None, typer.Option(help="Full recipe: folder to keep what is done in.")] = None,
     resume: Annotated[bool, typer.Option(help="Full recipe: go on with the run in --work-dir.")] = False,

@@ -141,7 +141,7 @@ class Training:
     loss_power: float = 0.5
     clip_norm: float = 1.0
     sensitivity: bool = True
-    routing_steps: int = 150
+    routing_steps: int = 200
     router_rate: float = 6e-2
     budget_minutes: float | None = None
 

@@ -40,7 +40,7 @@ from mobiquant.progress import Report
 
 NAME = "routing"
 # shares of the budgets between two widths that are trained
-SHARES = (0.25, 0.5, 0.75)
+SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
 HOT, COLD = 1.0, 0.3
 # rates of the output layer, the hidden layer and the wide first matrix, relative to that of the output biases
 OUT, HIDDEN, FIRST = 0.3, 0.3, 0.03
