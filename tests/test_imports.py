@@ -16,7 +16,7 @@ FILES = sorted(HOME.rglob("*.py"))
 # a module imports only those to its left; names on one level do not import each other
 ORDER = (
     "_register|slices|progress|kernels",
-    "kernels.descent|kernels.grid",
+    "kernels.descent|kernels.grid|kernels.divergence",
     "pack|clip|compensate|config",
     "router|matmul",
     "linear",

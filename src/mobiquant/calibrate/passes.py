@@ -21,7 +21,7 @@ from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
 from mobiquant import blocks
-from mobiquant.calibrate.latent import Depth, lower
+from mobiquant.calibrate.latent import FUSED, Depth, lower
 
 WARM_UP = 2
 
@@ -43,6 +43,23 @@ class Pair:
         return cls(student, teacher, root, student.get_submodule(root), originals)  # type: ignore[arg-type]
 
 
+def divergence(made: Float[Tensor, "T V"], wanted: Float[Tensor, "T V"]) -> Float[Tensor, " T"]:
+    """`KL(wanted || made)` of each token in nats, fp32, from logits; differentiable by `made`."""
+    if made.is_cuda and FUSED:
+        from mobiquant.kernels.divergence import Divergence
+
+        return Divergence.apply(made, wanted)  # type: ignore[return-value]
+    ours, theirs = made.float().log_softmax(-1), wanted.float().log_softmax(-1)
+    return kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
+
+
+def powered(mean: Float[Tensor, "*S"], power: float) -> Float[Tensor, "*S"]:
+    """What enters the loss of a divergence: `mean^power / power`, its logarithm at 0."""
+    # bf16 may make the divergence of equal models negative
+    kept = mean.clamp_min(1e-6)
+    return kept.pow(power) / power if power else kept.log()
+
+
 class Passes:
     """Passes run as they are; gradients are added to the `.grad` of whatever of the student requires them."""
 
@@ -56,7 +73,7 @@ class Passes:
         self.tokens = tokens
         with lower(tokens.device):
             logits = self.teacher(tokens, use_cache=False).logits
-        self.wanted = logits.float().log_softmax(-1).flatten(0, 1)
+        self.wanted = logits.flatten(0, 1)
 
     @torch.enable_grad()
     def learn(self, depth: int) -> Float[Tensor, ""]:
@@ -64,12 +81,9 @@ class Passes:
         self.depth.value = depth
         with lower(self.tokens.device):
             logits = self.student(self.tokens, use_cache=False).logits
-        made = logits.float().log_softmax(-1).flatten(0, 1)
-        divergence = kl_div(made, self.wanted, reduction="batchmean", log_target=True)
-        # bf16 may make the divergence of equal models negative
-        kept = divergence.clamp_min(1e-6)
-        (kept.pow(self.power) / self.power if self.power else kept.log()).backward()
-        return divergence.detach()
+        mean = divergence(logits.flatten(0, 1), self.wanted).mean()
+        powered(mean, self.power).backward()
+        return mean.detach()
 
 
 class CapturedPasses(Passes):

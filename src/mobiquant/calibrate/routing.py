@@ -24,14 +24,14 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import kl_div, linear, silu
+from torch.nn.functional import linear, silu
 
 from mobiquant import blocks, budget, router
 from mobiquant.calibrate.distill import free_memory
 from mobiquant.calibrate.fast import Fitted
 from mobiquant.calibrate.latent import lower
 from mobiquant.calibrate.nested import generator_for, repeatable, set_rate
-from mobiquant.calibrate.passes import Pair
+from mobiquant.calibrate.passes import Pair, divergence, powered
 from mobiquant.calibrate.thresholds import tau_for
 from mobiquant.calibrate.work import Work
 from mobiquant.config import Format, Training
@@ -196,12 +196,11 @@ class Routed:
         for gate in self.gates.values():
             gate.begin(step)
         with torch.no_grad(), lower(tokens.device):
-            wanted = self.pair.teacher(tokens, use_cache=False).logits.float().log_softmax(-1)
+            wanted = self.pair.teacher(tokens, use_cache=False).logits.flatten(0, 1)
         with lower(tokens.device):
-            logits = self.pair.student(tokens, use_cache=False).logits
-        made = logits.float().log_softmax(-1)
-        divergence = kl_div(made, wanted, reduction="none", log_target=True).sum(-1).mean(1)
-        return divergence, self.base + sum(step.read) / self.size, -sum(step.slope) / self.size  # type: ignore[return-value]
+            logits = self.pair.student(tokens, use_cache=False).logits.flatten(0, 1)
+        each = divergence(logits, wanted).view(tokens.shape).mean(1)
+        return each, self.base + sum(step.read) / self.size, -sum(step.slope) / self.size  # type: ignore[return-value]
 
 
 def optimizer_for(gates: dict[str, GateRouter], rate: float) -> torch.optim.Adam:
@@ -244,12 +243,12 @@ def optimise(
         generator = generator_for(seed, NAME, 0, number)
         picked = budgets.draw(generator, count)
         heat = HOT * (COLD / HOT) ** (number / max(steps - 1, 1))
-        divergence, read = _step(routed, budgets, picked, _batch(windows, count, generator), heat, FOLLOW_PRICE)
+        each, read = _step(routed, budgets, picked, _batch(windows, count, generator), heat, FOLLOW_PRICE)
         set_rate(optimizer, number, steps)
         optimizer.step()
         optimizer.zero_grad()
-        sums.index_add_(1, picked, torch.stack([divergence, read, torch.ones_like(read)]).double())
-        progress("training routers", number + 1, steps, f"KL {divergence.mean():.3f}")
+        sums.index_add_(1, picked, torch.stack([each, read, torch.ones_like(read)]).double())
+        progress("training routers", number + 1, steps, f"KL {each.mean():.3f}")
     found = zip(budgets.bits.tolist(), *(sums[:2] / sums[2]).tolist(), sums[2].tolist(), strict=True)
     return [{"budget": b, "kl": round(kl, 5), "read": round(read, 4)} for b, kl, read, seen in found if seen]
 
@@ -267,16 +266,15 @@ def _step(
     picked = picked.to(tokens.device)
     step = Step(budgets.tau[picked].requires_grad_(), budgets.cap[picked], heat)
     with torch.enable_grad():
-        divergence, read, slope = routed.losses(tokens, step)
-        kept, price = divergence.clamp_min(1e-6), budgets.price[picked]
-        loss = kept.pow(routed.power) / routed.power if routed.power else kept.log()
-        (loss + price * read).sum().backward()
+        each, read, slope = routed.losses(tokens, step)
+        price = budgets.price[picked]
+        (powered(each, routed.power) + price * read).sum().backward()
     slope = slope.clamp_max(-LEAST)
     assert step.tau.grad is not None
     budgets.price[picked] = price - follow_price * step.tau.grad / slope
     move = FOLLOW * (read.detach() - budgets.bits[picked]) / slope
     budgets.tau[picked] = step.tau.detach() - move.clamp(-MOST, MOST)
-    return divergence.detach().cpu(), read.detach().cpu()
+    return each.detach().cpu(), read.detach().cpu()
 
 
 @torch.no_grad()

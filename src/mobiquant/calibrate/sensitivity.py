@@ -16,9 +16,8 @@ from contextlib import contextmanager
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import kl_div
 
-from mobiquant.calibrate.passes import Pair
+from mobiquant.calibrate.passes import Pair, divergence
 from mobiquant.config import Format
 from mobiquant.linear import MobiLinear, Precision, mobilinears
 from mobiquant.progress import Report
@@ -76,13 +75,13 @@ def gains(
     for part in windows.split(max(1, PASS // windows.shape[1]) if device.type == "cuda" else 1):
         ids, share = part.to(device), len(part) / len(windows)
         with torch.no_grad():
-            wanted = pair.teacher(ids, use_cache=False).logits.flatten(0, 1).log_softmax(-1)
+            wanted = pair.teacher(ids, use_cache=False).logits.flatten(0, 1)
         for depth in range(1, len(form.slices) + 1):
             precision.set([float("-inf")], [depth])
             embedded = pair.student.get_input_embeddings()(ids).requires_grad_()  # type: ignore[operator]
             with torch.enable_grad(), _watched(layers, depth, found):
-                made = pair.student(inputs_embeds=embedded, use_cache=False).logits.flatten(0, 1).log_softmax(-1)
-                (kl_div(made, wanted, reduction="batchmean", log_target=True) * share).backward()
+                made = pair.student(inputs_embeds=embedded, use_cache=False).logits.flatten(0, 1)
+                (divergence(made, wanted).mean() * share).backward()
         done += len(part)
         progress("measuring layers", done, len(windows))
     for model in (pair.student, pair.teacher):
