@@ -132,9 +132,9 @@ def test_routers_stay_as_fitted_where_memory_is_short(tmp_path, both, monkeypatc
 
 
 def test_finished_routers_are_taken_from_the_work_folder(tmp_path, both, monkeypatch):
-    training = replace(ROUTERS, routing_steps=5)
-    first = tiny.quantize(tmp_path, training=training, work_dir=tmp_path / "work", **LIST)
+    settings = {**LIST, "samples": 4, "training": replace(ROUTERS, routing_steps=3), "work_dir": tmp_path / "work"}
+    first = tiny.quantize(tmp_path, **settings)
     monkeypatch.setattr(routing, "optimise", None)
-    again = tiny.quantize(tmp_path, training=training, work_dir=tmp_path / "work", resume=True, **LIST)
+    again = tiny.quantize(tmp_path, resume=True, **settings)
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True))
     assert Work(None, {}, False).load(routing.NAME) is None
