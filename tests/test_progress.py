@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from mobiquant.progress import bars, by_width
+from mobiquant.progress import bars, by_width, left
 
 
 def lines(**settings):
@@ -17,6 +17,22 @@ def lines(**settings):
 
 def test_a_line_is_written_at_each_tenth():
     assert lines(lines=True) == [f"work: {done}/30" for done in range(3, 31, 3)]
+
+
+def test_lines_tell_the_time_that_is_left_since_the_first_report():
+    stream, times = io.StringIO(), iter(range(0, 100000, 30))
+    with bars(Console(file=stream, width=80), lines=True, clock=lambda: float(next(times))) as report:
+        for done in (4, 10, 20):
+            report("work", done, 20, "note")
+    # the clock is read at every report and once more for a line: 5 steps took two turns of it, 15 steps four
+    assert stream.getvalue().splitlines() == ["work: 5/20 note", "work: 10/20 note (2 min left)", "work: 20/20 note"]
+    assert [left(seconds) for seconds in (0.4, 1, 119, 121, 3600)] == [
+        "",
+        "1 s left",
+        "119 s left",
+        "2 min left",
+        "60 min left",
+    ]
 
 
 def test_nothing_is_written_unasked():
