@@ -107,7 +107,7 @@ class Gates:
 
 
 class GateRouter(nn.Module):
-    """A router in training; `gates` opens the gates of inputs [S, L, K]."""
+    """A router in training; `gates` opens the gates of the tokens of a batch."""
 
     def __init__(self, start: router.Router, form: Format):
         super().__init__()
@@ -119,17 +119,20 @@ class GateRouter(nn.Module):
         self.step = Step(torch.empty(0), torch.empty(0, dtype=torch.int64), HOT)
         self._last: tuple[Tensor, Gates] | None = None
 
-    def scores(self, x: Float[Tensor, "S L K"]) -> Float[Tensor, "S L R"]:
-        """As `router.scores`, differentiable."""
+    def scores(self, x: Float[Tensor, "*T K"]) -> Float[Tensor, "T1 R"]:
+        """As `router.scores`, differentiable; one row for each token."""
         with torch.autocast(x.device.type, enabled=False):
             f, log_rms = router.features(x.reshape(-1, x.shape[-1]))
             hidden = silu(f @ self.weight.T + log_rms * self.rms + self.bias)
-            return router.order(hidden @ self.out.T + self.out_bias).view(*x.shape[:2], -1)
+            return router.order(hidden @ self.out.T + self.out_bias)
 
-    def gates(self, x: Float[Tensor, "S L K"]) -> Gates:
-        """Straight-through gates at the thresholds of the step; computed once for layers that share an input."""
+    def gates(self, x: Float[Tensor, "*T K"]) -> Gates:
+        """Straight-through gates at the thresholds of the step; computed once for layers that share an input.
+
+        Some models (OPT) hand their layers all tokens of a batch in one row.
+        """
         if self._last is None or self._last[0] is not x:
-            step, score = self.step, self.scores(x)
+            step, score = self.step, self.scores(x).unflatten(0, (len(self.step.tau), -1))  # [S, L, R]
             inside = torch.arange(1, score.shape[-1] + 1, device=x.device) < step.cap[:, None, None]  # [S, 1, R]
             soft = torch.sigmoid((score - step.tau[:, None, None]) / step.temperature) * inside
             hard = (score > step.tau[:, None, None]) * inside
@@ -139,7 +142,7 @@ class GateRouter(nn.Module):
         return self._last[1]
 
     @property
-    def last(self) -> Float[Tensor, "S L K"]:
+    def last(self) -> Float[Tensor, "*T K"]:
         """Inputs of the last pass."""
         assert self._last is not None
         return self._last[0]
@@ -154,7 +157,7 @@ class GateRouter(nn.Module):
 
 
 class GatedLinear(nn.Module):
-    """A quantised layer whose tokens read what differentiable gates say; maps [S, L, K] to [S, L, N]."""
+    """A quantised layer whose tokens read what differentiable gates say; maps [..., K] to [..., N]."""
 
     def __init__(self, layer: MobiLinear, gate: GateRouter, dtype: torch.dtype):
         super().__init__()
@@ -167,12 +170,13 @@ class GatedLinear(nn.Module):
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float())
         self.rows, self.size = layer.out_features, layer.in_features * layer.out_features
 
-    def forward(self, x: Float[Tensor, "S L K"]) -> Float[Tensor, "S L N"]:
+    def forward(self, x: Float[Tensor, "*T K"]) -> Float[Tensor, "*T N"]:
         gates, step = self._gate[0].gates(x), self._gate[0].step
         step.read.append(gates.read * self.size)
         step.slope.append(gates.slope * self.size)
-        parts = linear(x, self.steps).unflatten(-1, (-1, self.rows))  # [S, L, E, N]
-        y = parts[..., 0, :] + (parts[..., 1:, :] * gates.open.to(parts.dtype)[..., None]).sum(-2)
+        opened = gates.open.view(*x.shape[:-1], -1, 1)  # [S, L, R] -> [..., R, 1]
+        parts = linear(x, self.steps).unflatten(-1, (-1, self.rows))  # [..., E, N]
+        y = parts[..., 0, :] + (parts[..., 1:, :] * opened.to(parts.dtype)).sum(-2)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -226,10 +230,8 @@ def optimise(
     `steps_for` says how many steps are taken, given the seconds of one.
     """
     count = training.distill_batch
-    optimizer, sums = (
-        optimizer_for(routed.gates, training.router_rate),
-        torch.zeros(3, budgets.bits.numel(), dtype=torch.float64),
-    )
+    optimizer = optimizer_for(routed.gates, training.router_rate)
+    sums = torch.zeros(3, budgets.bits.numel(), dtype=torch.float64)
     # every budget gets its threshold and price before the first step
     ahead = [part for _ in range(AHEAD) for part in torch.arange(budgets.bits.numel()).split(count)]
     times = [time.monotonic()]
@@ -285,7 +287,7 @@ def sample_scores(routed: Routed, budgets: Budgets, windows: Int[Tensor, "W L"])
     picked, tokens = budgets_of.to(windows.device), windows[places.to(windows.device)]
     routed.losses(tokens, Step(budgets.tau[picked], budgets.cap[picked], COLD))
     stride = max(1, tokens.numel() // SAMPLE)
-    return {name: gate.scores(gate.last).flatten(0, 1)[::stride].cpu() for name, gate in routed.gates.items()}
+    return {name: gate.scores(gate.last)[::stride].cpu() for name, gate in routed.gates.items()}
 
 
 @contextmanager
@@ -314,8 +316,9 @@ def opened(pair: Pair, form: Format, owners: Sequence[str], power: float, device
 
 
 def memory(routed_weights: int, rows: int, vocabulary: int, depths: int, tokens: int) -> int:
-    """Bytes that a step takes on CUDA: bf16 weights and outputs at every depth, and fp32 predictions, four times."""
-    return routed_weights * depths * 2 + tokens * (rows * (depths + 4) * 2 + vocabulary * 16)
+    """Bytes that a step takes on CUDA: bf16 weights and outputs at every depth, what blocks keep beside (fitted to 40 GB
+    measured for SmolLM2 on an H200), and predictions of both models."""
+    return routed_weights * depths * 2 + tokens * (rows * (depths + 8) * 2 + vocabulary * 16)
 
 
 def train(
