@@ -92,6 +92,8 @@ class Bench:
 
 def run(settings: Settings, job: Job, device: torch.device, work: Path) -> dict[str, Any]:
     """Quantise and measure; returns the result without what it was made with."""
+    if job.kind == "peer":
+        peers.check_installed(job.method)
     bench = Bench(settings, device)
     if job.kind == "float":
         model = bench.float_model().to(device)

@@ -15,8 +15,8 @@ RECIPES = ("fast", "paper", "full")
 class Peer:
     """A quantiser of someone else, run at one width at a time.
 
-    `zero_bits` is what a stored zero point takes, None for as many bits as a code; scales take 16. `only` are the widths
-    that its makers document, None for any.
+    `zero_bits` is what a stored zero point takes, None for as many bits as a code; scales take 16. `package` is what must be
+    installed, `only` are the widths that its makers document, None for any.
     """
 
     name: str
@@ -24,6 +24,7 @@ class Peer:
     how: str
     minutes: float
     zero_bits: int | None = None
+    package: str = ""
     only: tuple[int, ...] | None = None
 
     def overhead(self, bits: int) -> int:
@@ -41,6 +42,7 @@ PEERS = {
             "static activation order, damping 0.01, blocks of 128 columns, "
             "ranges by the importance-weighted search of the package",
             1,
+            package="llmcompressor",
         ),
         Peer(
             "awq",
@@ -48,23 +50,37 @@ PEERS = {
             "half of the 20 scales of its search from activations, half from activations and weights (duo_scaling='both'), "
             "range of each group from its minimum to its maximum as in its examples",
             2,
+            package="llmcompressor",
         ),
         Peer(
             "awqsearch",
             "AWQ (llm-compressor), ranges searched",
             "the same with ranges by the squared-error search of the package, which stands for the clipping of the paper",
             3,
+            package="llmcompressor",
             only=(2,),
         ),
         Peer(
-            "hqq", "HQQ", "its proximal optimiser on, axis 0: the better and slower one of its two layouts", 0.2, zero_bits=16
+            "hqq",
+            "HQQ",
+            "its proximal optimiser on, axis 0: the better and slower one of its two layouts",
+            0.2,
+            zero_bits=16,
+            package="hqq",
         ),
-        Peer("autoround", "AutoRound, 200 iterations", "its default recipe: rounding and ranges tuned, 8 windows a step", 3),
+        Peer(
+            "autoround",
+            "AutoRound, 200 iterations",
+            "its default recipe: rounding and ranges tuned, 8 windows a step",
+            3,
+            package="auto_round",
+        ),
         Peer(
             "autoround1000",
             "AutoRound, 1000 iterations",
             "its recipe `best` but for the number of calibration windows, which is the same for all",
             12,
+            package="auto_round",
         ),
         Peer(
             "autoround1000sym",
@@ -72,6 +88,7 @@ PEERS = {
             "what its makers recommend at 2 bits: recipe `best` with `enable_alg_ext`, which exists for symmetric codes only",
             15,
             zero_bits=0,
+            package="auto_round",
             only=(2,),
         ),
     )

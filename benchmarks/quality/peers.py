@@ -8,6 +8,7 @@ that a layer which a package left out is a failure and not a good figure.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
@@ -38,15 +39,11 @@ class Given:
     device: torch.device
 
 
-@contextmanager
-def installed(package: str) -> Iterator[None]:
-    """Turns the missing top-level package into an InputError that says how to get it; other import errors pass."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != package:
-            raise
-        raise InputError(f"{package} is not installed: {INSTALL}") from None
+def check_installed(method: str) -> None:
+    """Raise InputError, with how to get it, where the package of a peer is missing."""
+    package = methods.PEERS[method].package
+    if package and find_spec(package) is None:
+        raise InputError(f"{package} is not installed: {INSTALL}")
 
 
 def rtn(given: Given) -> PreTrainedModel:
@@ -58,8 +55,8 @@ def rtn(given: Given) -> PreTrainedModel:
 
 def gptq(given: Given) -> PreTrainedModel:
     """GPTQ of llm-compressor."""
-    with installed("llmcompressor"):
-        from llmcompressor.modifiers.gptq import GPTQModifier  # pyright: ignore[reportMissingImports] -- an extra
+    from llmcompressor.modifiers.gptq import GPTQModifier  # pyright: ignore[reportMissingImports] -- an extra
+
     groups = _groups(given, "imatrix_mse")
     return _oneshot(
         given, [GPTQModifier(config_groups=groups, ignore=["lm_head"], actorder="static", dampening_frac=0.01, block_size=128)]
@@ -68,9 +65,9 @@ def gptq(given: Given) -> PreTrainedModel:
 
 def awq(given: Given, observer: str = "memoryless_minmax") -> PreTrainedModel:
     """AWQ of llm-compressor; `observer` names how it finds the range of a group."""
-    with installed("llmcompressor"):
-        from llmcompressor.modifiers.quantization import QuantizationModifier  # pyright: ignore[reportMissingImports]
-        from llmcompressor.modifiers.transform.awq import AWQModifier  # pyright: ignore[reportMissingImports]
+    from llmcompressor.modifiers.quantization import QuantizationModifier  # pyright: ignore[reportMissingImports]
+    from llmcompressor.modifiers.transform.awq import AWQModifier  # pyright: ignore[reportMissingImports]
+
     groups = _groups(given, observer)
     smoothing = AWQModifier(duo_scaling="both", n_grid=20)
     with _without_pinning():
@@ -137,8 +134,8 @@ def _oneshot(given: Given, recipe: list[Any]) -> PreTrainedModel:
 
 def hqq(given: Given) -> PreTrainedModel:
     """HQQ, layer by layer; it needs no calibration."""
-    with installed("hqq"):
-        from hqq.core.quantize import BaseQuantizeConfig, HQQLinear  # pyright: ignore[reportMissingImports]
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear  # pyright: ignore[reportMissingImports]
+
     _, stack = blocks.find_blocks(given.model)
     settings = BaseQuantizeConfig(nbits=given.bits, group_size=given.group_size, axis=0)
     with torch.no_grad():
@@ -153,8 +150,8 @@ def hqq(given: Given) -> PreTrainedModel:
 
 def autoround(given: Given, iterations: int = 200, extended: bool = False) -> PreTrainedModel:
     """AutoRound; `extended` takes symmetric codes and the algorithm that its makers recommend for them at 2 bits."""
-    with installed("auto_round"):
-        from auto_round import AutoRound, SignRoundConfig  # pyright: ignore[reportMissingImports] -- an extra
+    from auto_round import AutoRound, SignRoundConfig  # pyright: ignore[reportMissingImports] -- an extra
+
     how = SignRoundConfig(
         iters=iterations, bits=given.bits, group_size=given.group_size, sym=extended, enable_alg_ext=extended,
         enable_minmax_tuning=True, enable_quanted_input=True,
