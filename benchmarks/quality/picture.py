@@ -50,6 +50,9 @@ def _panel(panel, found: Sequence[Line], text: str) -> None:
             panel.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=drawn[0].get_color(), alpha=0.2)
     panel.set_yscale("log")
     panel.set_ylim(best * 0.92, best * REACH)
+    # plain numbers: on a short logarithmic axis powers of ten say little
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_formatter("{x:g}")
     panel.set_xlabel("bits read of each weight")
     panel.set_ylabel("perplexity")
     panel.grid(True, which="both", alpha=0.25)
