@@ -19,3 +19,10 @@ checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 # tensors here are small: on a busy machine threads that wait for each other make the tests ten times slower
 torch.set_num_threads(1)
+
+# files that take longest, begun first: with files spread over processes, one of them last would be waited for alone
+LONGEST = ("test_real_model", "test_full", "test_quality", "test_routing")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
