@@ -1,8 +1,13 @@
 """What several test files share: noise in dB, slice lists, weights of every kind, small packed weights and layers."""
 
+import ast
 import itertools
 import math
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import torch
 from hypothesis import strategies as st
@@ -127,3 +132,19 @@ def layer(form, columns=40, rows=24, owns_router=True, bias=None, seed=0):
     if owns_router:
         made.set_router(random_router(columns, form.router_hidden, form.router_outputs, seed))
     return made
+
+
+def interpreted(code):
+    """What Python says to `code` with kernels run by Triton's interpreter on a CPU, the folder of the tests at hand."""
+    here = Path(__file__).parent
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{here.parent / 'src'}:{here}"}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+
+
+def check_short(path):
+    """A file of fewer than 400 lines, its functions of fewer than 60."""
+    source = path.read_text()
+    assert len(source.splitlines()) < 400
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno + 1 < 60, f"{path.name}: {node.name}"

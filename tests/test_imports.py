@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from helpers import check_short
 
 import mobiquant
 
@@ -144,8 +145,4 @@ def test_a_module_that_needs_torch_only_knows_nothing_of_the_package_but_slices_
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: module_name(path) or "mobiquant")
 def test_files_and_functions_are_short(path):
-    source = path.read_text()
-    assert len(source.splitlines()) < 400
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno + 1 < 60, f"{path.name}: {node.name}"
+    check_short(path)

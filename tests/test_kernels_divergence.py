@@ -1,13 +1,10 @@
 """The fused divergence against torch: on a GPU, and in Triton's interpreter on a CPU."""
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import interpreted
 from torch.nn.functional import kl_div
 
 
@@ -42,8 +39,6 @@ def test_on_a_gpu_it_is_that_of_torch(rows, size, dtype):
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton comes with CUDA builds of torch only")
 def test_in_the_interpreter_it_is_that_of_torch():
-    here = Path(__file__).parent
     code = "import test_kernels_divergence as t\nfor size in (1000, 4097): t.compare(3, size, 'cpu', t.torch.float32)"
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{here.parent / 'src'}:{here}"}
-    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    ran = interpreted(code)
     assert ran.returncode == 0, ran.stderr[-2000:]

@@ -1,13 +1,10 @@
 """The fused read of a trained grid against the one in torch: on a GPU, and in Triton's interpreter on a CPU."""
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import interpreted
 from test_full import LISTS, mobilinear
 
 from mobiquant.calibrate import latent
@@ -48,10 +45,8 @@ def test_on_a_gpu_it_reads_and_learns_as_torch_does(slices, columns, group):
 
 @needs_triton
 def test_in_the_interpreter_it_reads_and_learns_as_torch_does():
-    here = Path(__file__).parent
     code = "import test_kernels_grid as t\nfor s in t.LISTS:\n for c, g in ((40, 16), (72, 24)): t.compare(s, c, g, 'cpu')"
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{here.parent / 'src'}:{here}"}
-    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    ran = interpreted(code)
     assert ran.returncode == 0, ran.stderr[-2000:]
 
 

@@ -1,6 +1,5 @@
 """The comparison of quantisers: the real command on a tiny model, and its parts where no package of others is installed."""
 
-import ast
 import io
 import json
 import subprocess
@@ -13,6 +12,7 @@ from unittest import mock
 import pytest
 import tiny
 import torch
+from helpers import check_short
 from rich.console import Console
 
 from mobiquant import InputError, evaluate, tasks
@@ -310,8 +310,4 @@ def test_lm_eval_reads_them_and_asks_as_its_own_tasks_do(tmp_path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_files_and_functions_are_short(path):
-    source = path.read_text()
-    assert len(source.splitlines()) < 400
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno + 1 < 60, f"{path.name}: {node.name}"
+    check_short(path)

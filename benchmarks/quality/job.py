@@ -31,8 +31,8 @@ PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "aut
 
 def calibration_tokens(settings: Settings, tokenizer: Any) -> Int[Tensor, "S L"]:
     """The windows that all peers calibrate with: those that mobiquant itself draws from the same texts with the same seed."""
-    every = [data.windows(data.load_text(name, "calibrate"), tokenizer, settings.length, name) for name in settings.calibration]
-    return data.sample(torch.cat(every), settings.samples, settings.seed)
+    texts = {name: data.load_text(name, "calibrate") for name in settings.calibration}
+    return data.sample(data.windows_of_all(texts, tokenizer, settings.length), settings.samples, settings.seed)
 
 
 class Bench:

@@ -30,6 +30,15 @@ def region_caps(form: Format) -> list[int]:
     return sorted({small, len(form.slices)} - {0, 1})
 
 
+def regions(form: Format) -> Iterator[tuple[int, list[int]]]:
+    """Cap of each region and the widths from the end of the one before (or the base) to its own: budgets that it serves."""
+    below = form.widths[0]
+    for cap in region_caps(form):
+        edges = [width for width in form.widths[:cap] if width >= below]
+        yield cap, edges
+        below = edges[-1]
+
+
 def average_bits(shares: Sequence[float], widths: tuple[int, ...], cap: int | None = None) -> float:
     """Bits of the shares of depths, as they would be with no token deeper than `cap`."""
     cap = cap or len(widths)

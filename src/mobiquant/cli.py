@@ -151,12 +151,12 @@ def quantize(
 
     Example: mobiquant quantize smollm2-135m --output smollm2-mobi --group-size 64
     """
-    from mobiquant.config import Calibration, Format, InputError, Training
+    from mobiquant.config import BETWEEN, Calibration, Format, InputError, Training
 
     form = Format(slices=widths(slices), group_size=group_size, routers=routers)  # type: ignore[arg-type]
     settings: dict[str, Any] = {"samples": samples, "sequence_length": sequence_length, "seed": seed, "sweeps": sweeps}
     settings |= {"epochs": epochs, "target_bits": target_bits}
-    chosen = Calibration(recipe=recipe, text=" + ".join(calibration), **settings)
+    chosen = Calibration(recipe=recipe, text=BETWEEN.join(calibration), **settings)
     form.check_bits(target_bits) if recipe == "paper" else None
     if recipe != "full" and (work_dir or resume or budget_minutes):
         raise InputError(f"recipe {recipe} keeps no work: --work-dir, --resume and --budget-minutes need --recipe full")

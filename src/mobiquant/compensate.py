@@ -19,12 +19,12 @@ the columns of a block are one launch (`kernels/descent.py`).
 """
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 from jaxtyping import Float, Float16, Int, UInt8
 from torch import Tensor
 
+from mobiquant import kernels
 from mobiquant import slices as s
 
 BLOCK = 64
@@ -136,8 +136,7 @@ class _Work:
         self.chosen = code.T.contiguous()  # [K, N]
         self.gradient = self.hessian @ grid.read(code).mT - problem.cross.mT  # [E, K, N]
         self.fused = None
-        # builds of torch without Triton (Windows) take the slow path
-        if code.is_cuda and find_spec("triton") is not None:
+        if kernels.usable(code):
             from mobiquant.kernels import descent
 
             self.fused, self.hessian, self.gradient = descent.block, self.hessian.contiguous(), self.gradient.contiguous()

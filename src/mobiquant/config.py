@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from mobiquant import slices as s
 
+# stands between the names of several calibration texts
+BETWEEN = " + "
 QUANT_METHOD = "mobiquant"
 FORMAT_VERSION = 1
 RECIPES = ("fast", "paper", "full")

@@ -125,6 +125,11 @@ def windows(text: str, tokenizer: Any, length: int, name: str) -> Int[Tensor, "S
     return ids[: count * length].view(count, length)
 
 
+def windows_of_all(texts: dict[str, str], tokenizer: Any, length: int) -> Int[Tensor, "S L"]:
+    """The windows of several texts by name, one text after the other."""
+    return torch.cat([windows(text, tokenizer, length, name) for name, text in texts.items()])
+
+
 def sample(every: Int[Tensor, "S L"], samples: int, seed: int) -> Int[Tensor, "M L"]:
     """Windows drawn without replacement in the order of the text; all of them where there are not more than asked for."""
     if every.shape[0] <= samples:

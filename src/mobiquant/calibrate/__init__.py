@@ -22,12 +22,9 @@ from mobiquant.calibrate import fast, full, paper, thresholds, work
 from mobiquant.calibrate.passes import Pair
 from mobiquant.calibrate.streams import Stage, Streams
 from mobiquant.calibrate.work import Work
-from mobiquant.config import Calibration, Checkpoint, Format, InputError, Training
+from mobiquant.config import BETWEEN, Calibration, Checkpoint, Format, InputError, Training
 from mobiquant.linear import Precision, mobilinears
 from mobiquant.progress import Report, bars
-
-# stands between the names of several calibration texts
-BETWEEN = " + "
 
 
 def quantize(
@@ -50,9 +47,8 @@ def quantize(
     `tokenizer`). `calibration` names a text (`data.py`), or several whose windows are drawn alike, `format` how weights are
     stored, `settings` are the fields of `config.Calibration` such as `samples`, `sequence_length` and `seed`; `progress` is
     called with the stage, steps done and steps in all (and by the full recipe with a text of its losses), by default for bars
-    on a terminal. `training`, `work_dir`
-    and `resume` are for the full recipe: how it trains, where it keeps what is done, and whether to go on with what a killed
-    run has kept there.
+    on a terminal. `training`, `work_dir` and `resume` are for the full recipe: how it trains, where it keeps what is done, and
+    whether to go on with what a killed run has kept there.
     Returns the model on the CPU at full precision; its `save_pretrained` writes the checkpoint. Raises InputError on bad input.
     """
     started = time.monotonic()
@@ -69,7 +65,7 @@ def quantize(
         loaded = model
     else:
         loaded, tokenizer = integration.load_float(model), tokenizer or integration.load_tokenizer(model)
-    every = torch.cat([data.windows(text, tokenizer, chosen.sequence_length or 0, name) for name, text in texts.items()])
+    every = data.windows_of_all(texts, tokenizer, chosen.sequence_length or 0)
     tokens = data.sample(every, chosen.samples or 0, chosen.seed)
     with nullcontext(progress) if progress else bars() as report:
         if recipe != "full":

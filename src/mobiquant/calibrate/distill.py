@@ -129,11 +129,9 @@ def _resume(work: Work, latents: dict[str, LatentLinear], optimizer: torch.optim
     return note["step"], note["log"]
 
 
-def notice_of_fallback(weights: int, device: torch.device) -> None:
-    """Say that weights stay as they are, and why."""
-    need, have = weights * BYTES_PER_WEIGHT / 1e9, free_memory(device) / 1e9
+def notice(what: str, need: float, device: torch.device, instead: str) -> None:
+    """Say that there is no memory (bytes) for something, and what is done instead."""
     print(
-        f"mobiquant: training all weights end to end needs {need:.1f} GB and {have:.1f} GB are free: "
-        "scales and zero points alone are trained, with blocks recomputed",
+        f"mobiquant: {what} needs {need / 1e9:.1f} GB and {free_memory(device) / 1e9:.1f} GB are free: {instead}",
         file=sys.stderr,
     )

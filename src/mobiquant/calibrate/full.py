@@ -97,8 +97,12 @@ class Run:
     @property
     def block_steps(self) -> int:
         """Steps asked for each block."""
-        count = sum(layer.in_features * layer.out_features for layer in mobilinears(self.pair.student).values())
-        return block_steps(self.plan.training, count, self.device)
+        return block_steps(self.plan.training, self.weights, self.device)
+
+    @property
+    def weights(self) -> int:
+        """Quantised weights of the model."""
+        return sum(layer.in_features * layer.out_features for layer in mobilinears(self.pair.student).values())
 
     def _capture(self, tokens: Int[Tensor, "S L"]) -> tuple[Float[Tensor, "S L D"], blocks.Calls]:
         """States of the float model before the first block, and how blocks are called."""
@@ -132,10 +136,13 @@ class Run:
         """Train all layers against the float model, then put them back."""
         model, original, plan, device = self.pair.student, self.pair.teacher, self.plan, self.device
         layers = mobilinears(model)
-        count = sum(layer.in_features * layer.out_features for layer in layers.values())
-        weights = distill.fits(count, device)
+        weights = distill.fits(self.weights, device)
         if not weights:
-            distill.notice_of_fallback(count, device)
+            need, instead = (
+                self.weights * distill.BYTES_PER_WEIGHT,
+                "scales and zero points alone are trained, with blocks recomputed",
+            )
+            distill.notice("training all weights end to end", need, device, instead)
             distill.recompute_blocks(self.pair.stack)
         depth, dtype = Depth(1), next(model.parameters()).dtype
         # latents are made and stored on the device: unpacking takes long on a host

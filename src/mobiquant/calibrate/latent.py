@@ -12,7 +12,6 @@ The start are codes: a position is the centre of the finest cell of its code. `p
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -20,14 +19,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from mobiquant import blocks, pack
+from mobiquant import blocks, kernels, pack
 from mobiquant import slices as s
 from mobiquant.config import Format
 from mobiquant.linear import MobiLinear, mobilinears
 
 TENSORS = ("position", "log_scale", "zero")
-# builds of torch without Triton (Windows) take the slow path
-FUSED = find_spec("triton") is not None
 
 
 def centre(position: Float[Tensor, "N K"], form: Format, depth: int) -> Float[Tensor, "N K"]:
@@ -85,7 +82,7 @@ class LatentLinear(nn.Module):
     def weight(self, dtype: torch.dtype) -> Float[Tensor, "N K"]:
         """The weight at the shared depth, differentiable."""
         form, depth = self.format, self.depth.value
-        if self.position.is_cuda and FUSED:
+        if kernels.usable(self.position):
             from mobiquant.kernels import grid
 
             sizes = form.group_size, form.widths[depth - 1], form.slices[0], (s.MIN_SCALE, s.MAX_SCALE), s.ZERO_BITS

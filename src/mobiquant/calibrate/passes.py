@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
-from mobiquant import blocks
-from mobiquant.calibrate.latent import FUSED, Depth, lower
+from mobiquant import blocks, kernels
+from mobiquant.calibrate.latent import Depth, lower
 
 WARM_UP = 2
 
@@ -45,7 +45,7 @@ class Pair:
 
 def divergence(made: Float[Tensor, "T V"], wanted: Float[Tensor, "T V"]) -> Float[Tensor, " T"]:
     """`KL(wanted || made)` of each token in nats, fp32, from logits; differentiable by `made`."""
-    if made.is_cuda and FUSED:
+    if kernels.usable(made):
         from mobiquant.kernels.divergence import Divergence
 
         return Divergence.apply(made, wanted)  # type: ignore[return-value]

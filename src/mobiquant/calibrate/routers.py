@@ -84,9 +84,7 @@ def fit(x: Float[Tensor, "T K"], target: Float[Tensor, "T R"], firsts: Float[Ten
     optimizer = torch.optim.LBFGS(everything, max_iter=STEPS, history_size=10, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
-        weight, rms, bias, out, out_bias = everything
-        score = router.order(silu(_hidden(f, log_rms, weight, rms, bias)) @ out.T + out_bias)
-        error = mse_loss(score, target)
+        error = mse_loss(scores(f, log_rms, *everything), target)
         optimizer.zero_grad()
         error.backward()
         return error
@@ -94,6 +92,19 @@ def fit(x: Float[Tensor, "T K"], target: Float[Tensor, "T R"], firsts: Float[Ten
     with torch.enable_grad():
         optimizer.step(loss)
     return router.store(*[p.detach() for p in everything])
+
+
+def scores(
+    f: Float[Tensor, "T K"],
+    log_rms: Float[Tensor, "T 1"],
+    weight: Tensor,
+    rms: Tensor,
+    bias: Tensor,
+    out: Tensor,
+    out_bias: Tensor,
+) -> Float[Tensor, "T R"]:
+    """As `router.scores`, from features and parameters in training, not yet rounded; differentiable."""
+    return router.order(silu(_hidden(f, log_rms, weight, rms, bias)) @ out.T + out_bias)
 
 
 def _hidden(f: Tensor, log_rms: Tensor, weight: Tensor, rms: Tensor, bias: Tensor) -> Tensor:

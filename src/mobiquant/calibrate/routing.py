@@ -13,7 +13,6 @@ Trade-off: all depths of a layer are computed for every token, which takes five 
 them; where that is not there, routers stay as regression left them, and a notice says so.
 """
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,10 +23,11 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear
 
 from mobiquant import blocks, budget, router
-from mobiquant.calibrate.distill import free_memory
+from mobiquant.calibrate import routers
+from mobiquant.calibrate.distill import free_memory, notice
 from mobiquant.calibrate.fast import Fitted
 from mobiquant.calibrate.latent import lower
 from mobiquant.calibrate.nested import generator_for, repeatable, set_rate
@@ -68,12 +68,9 @@ class Budgets:
     def of(cls, form: Format, fitted: list[Fitted], device: torch.device) -> "Budgets":
         """Budgets at `SHARES` between neighbouring widths, and the widths between; thresholds from the fitted scores."""
         found: list[tuple[float, int]] = []
-        below = form.widths[0]
-        for cap in budget.region_caps(form):
-            edges = [width for width in form.widths[:cap] if width >= below]
+        for cap, edges in budget.regions(form):
             found += [(low + share * (high - low), cap) for low, high in pairwise(edges) for share in SHARES]
             found += [(float(width), cap) for width in edges[1:-1]]
-            below = edges[-1]
         taus = [tau_for(bits, cap, form, fitted) for bits, cap in found]
         bits, cap = zip(*found, strict=True)
         at = torch.tensor(bits, device=device)
@@ -123,8 +120,7 @@ class GateRouter(nn.Module):
         """As `router.scores`, differentiable; one row for each token."""
         with torch.autocast(x.device.type, enabled=False):
             f, log_rms = router.features(x.reshape(-1, x.shape[-1]))
-            hidden = silu(f @ self.weight.T + log_rms * self.rms + self.bias)
-            return router.order(hidden @ self.out.T + self.out_bias)
+            return routers.scores(f, log_rms, self.weight, self.rms, self.bias, self.out, self.out_bias)
 
     def gates(self, x: Float[Tensor, "*T K"]) -> Gates:
         """Straight-through gates at the thresholds of the step; computed once for layers that share an input.
@@ -338,14 +334,14 @@ def train(
         vocabulary = pair.teacher.config.get_text_config().vocab_size
         need = memory(size, rows, vocabulary, len(form.slices), training.distill_batch * windows.shape[1])
         if need > 0.9 * free_memory(device):
-            notice(need, device)
+            notice("training routers end to end", need, device, "routers stay as fitted by regression")
             return fitted, []
         budgets, on_device = Budgets.of(form, fitted, device), windows.to(device)
         with repeatable(device), opened(pair, form, owners, training.loss_power, device) as routed:
             log = optimise(routed, budgets, on_device, training, steps_for, seed, progress)
             scores = sample_scores(routed, budgets, on_device)
-            routers = {name: vars(gate.stored()) for name, gate in routed.gates.items()}
-        values = {f"{name}.{key}": tensor.cpu() for name, parts in routers.items() for key, tensor in parts.items()}
+            stored = {name: vars(gate.stored()) for name, gate in routed.gates.items()}
+        values = {f"{name}.{key}": tensor.cpu() for name, parts in stored.items() for key, tensor in parts.items()}
         values |= {f"{name}.scores": value for name, value in scores.items()}
         work.save(NAME, lambda: values, log)
     else:
@@ -353,12 +349,3 @@ def train(
     for name in owners:
         layers[name].set_router(router.Router(**{key: values[f"{name}.{key}"] for key in layers[name].router_names}))
     return [replace(one, scores=values[f"{name}.scores"]) for name, one in zip(owners, fitted, strict=True)], log
-
-
-def notice(need: int, device: torch.device) -> None:
-    """Say that routers stay as they are, and why."""
-    print(
-        f"mobiquant: training routers end to end needs {need / 1e9:.1f} GB and {free_memory(device) / 1e9:.1f} GB are free: "
-        "routers stay as fitted by regression",
-        file=sys.stderr,
-    )

@@ -37,9 +37,13 @@ MOST, LENGTH = {"cpu": 8192, "cuda": 32768}, {"cpu": 256, "cuda": 2048}
 BATCH = {"cpu": 8192, "cuda": 32768}
 
 
+def _kind(device: torch.device) -> str:
+    return "cpu" if device.type == "cpu" else "cuda"
+
+
 def measured_shape(count: int, length: int, device: torch.device) -> tuple[int, int]:
     """How many of `count` calibration sequences of `length` tokens rows are measured on, and how long their beginnings are."""
-    kind = "cpu" if device.type == "cpu" else "cuda"
+    kind = _kind(device)
     wanted, length = max(LEAST, min(count * length // 2, MOST[kind])), min(length, LENGTH[kind])
     return min(count, -(-wanted // length)), length
 
@@ -56,16 +60,12 @@ def rows(form: Format, fitted: list[Fitted], shares: Sequence[float]) -> list[tu
     Where a budget is a width of the format, many thresholds may read it: the row is the middle of them, far from reading less.
     """
     found: list[tuple[float, int]] = []
-    below = form.widths[0]
-    for cap in budget.region_caps(form):
-        # a later region is asked only for budgets that the one before cannot serve
-        edges = [width for width in form.widths[:cap] if width >= below]
+    for cap, edges in budget.regions(form):
         taus = [tau_for(low + share * (high - low), cap, form, fitted) for low, high in pairwise(edges) for share in shares]
         # nothing is routed at the narrowest width and at that of the cap
         for width in [width for width in edges[:-1] if width > form.widths[0]]:
             taus.append(sum(tau_for(width + side, cap, form, fitted) for side in (-1e-6, 1e-6)) / 2)
         found += [(tau, cap) for tau in sorted(taus, reverse=True)]
-        below = edges[-1]
     return list(dict.fromkeys(found))
 
 
@@ -102,7 +102,7 @@ class Measured:
         device = self.device
         stage = Stage(block, index, calls, Precision(self.form.widths), device)
         _, sequences, length, width = self.hidden.shape
-        batch = BATCH["cpu" if device.type == "cpu" else "cuda"]
+        batch = BATCH[_kind(device)]
         for part in torch.arange(len(self.rows)).split(max(1, batch // (sequences * length))):
             pairs = [self.rows[row] for row in part for _ in range(sequences)]
             stage.precision.set([tau for tau, _ in pairs], [cap for _, cap in pairs])
