@@ -294,5 +294,5 @@ def test_steps_of_the_full_recipe_are_those_of_its_settings():
     from mobiquant.config import Training
 
     shown = inspect.signature(cli.quantize).parameters
-    for name in ("block_steps", "distill_steps", "budget_minutes", "sensitivity"):
+    for name in ("block_steps", "distill_steps", "routing_steps", "budget_minutes", "sensitivity", "whole_text"):
         assert shown[name].default == getattr(Training(), name)

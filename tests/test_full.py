@@ -304,6 +304,19 @@ def test_scales_alone_are_trained_where_weights_do_not_fit(tmp_path, undisturbed
     assert not any(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+def test_training_can_be_kept_to_the_samples(tmp_path):
+    codes, seen = [], []
+    text = tiny.text_file(tmp_path, 8 * 16)
+    for whole in (True, False):
+        made = mobiquant.quantize(
+            tiny.model(), tokenizer=tiny.tokenizer(), calibration=text, recipe="full", format=FORM, device="cpu",
+            training=replace(SHORT, block_steps=0, routing_steps=0, whole_text=whole), samples=2, sequence_length=16,
+        )  # fmt: skip
+        seen.append((checkpoint_of(made).calibration["training_tokens"], checkpoint_of(made).calibration["tokens"]))
+        codes.append(torch.cat([m.planes_0.flatten() for m in made.modules() if isinstance(m, MobiLinear)]))
+    assert seen == [(128, 32), (32, 32)] and not torch.equal(*codes)
+
+
 def test_a_budget_of_minutes_bounds_the_steps(tmp_path):
     training = replace(SHORT, distill_steps=10**7, block_steps=10**7, budget_minutes=0.03)
     made = full(tmp_path, training)

@@ -189,6 +189,20 @@ def test_a_routed_line_is_compared_with_the_fixed_depths_of_its_checkpoint():
     assert "| -5.0 % |" in table.everything(found)
 
 
+def test_the_page_says_who_trained_on_more_than_the_calibration_tokens():
+    def made(kind, method, **tokens):
+        job = {"kind": kind, "method": method, "bits": None, "seed": 0}
+        return {"made": {"job": job}, "label": method, "calibration": {"tokens": 10, "crc32": "ab", **tokens}}
+
+    (line,) = table._calibration(
+        [made("peer", "gptq"), made("recipe", "full", trained_on=70), made("recipe", "alone", trained_on=10)]
+    )
+    assert line == (
+        "- 10 calibration tokens with CRC-32 ab: gptq, full (seed 0), then trained on windows of all 70 tokens of the text, "
+        "alone (seed 0)."
+    )
+
+
 def test_ablations_are_the_recipe_with_one_thing_changed():
     found = plan.jobs(["full"], [2], [3], {}, {"full": ("--distill-steps", "80")}, command.variants("--distill-steps 80", 16))
     assert len({job.key for job in found}) == len(methods.ABLATIONS) + 1 and {job.seed for job in found} == {3}

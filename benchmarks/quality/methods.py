@@ -107,6 +107,7 @@ ABLATIONS = {
     "groups of 32": "--group-size 32",
     "groups of 64": "--group-size 64",
     "groups of 128": "--group-size 128",
+    "training on the peers' tokens alone": "--samples-only",
     "a quarter of the tokens": 0.25,
     "four times the tokens": 4,
 }

@@ -82,5 +82,6 @@ def describe(folder: Path, seconds: float | None = None) -> Made:
     """What a checkpoint holds; raises InputError where the folder is none."""
     facts = estimate.describe(folder)
     made = checkpoint.read_config(folder)["quantization_config"].get("calibration", {})
-    kept = {key: made[name] for key, name in (("tokens", "tokens"), ("crc32", "tokens_crc32")) if name in made}
+    names = {"tokens": "tokens", "crc32": "tokens_crc32", "trained_on": "training_tokens"}
+    kept = {key: made[name] for key, name in names.items() if name in made}
     return Made(folder, seconds, float(facts["stored_bits_per_weight"]["total"]), json.loads(json.dumps(kept)))

@@ -189,6 +189,8 @@ def _calibration(results: Sequence[dict[str, Any]]) -> list[str]:
         if tokens:
             seed = result["made"]["job"]["seed"] if result["made"]["job"]["kind"] == "recipe" else None
             label = result["label"] if seed is None else f"{result['label']} (seed {seed})"
+            more = tokens.get("trained_on", 0)
+            label += f", then trained on windows of all {more} tokens of the text" if more > tokens.get("tokens", 0) else ""
             seen.setdefault((tokens.get("tokens"), tokens.get("crc32")), []).append(label)
     return [
         f"- {count} calibration tokens with CRC-32 {crc}: {', '.join(dict.fromkeys(labels))}."

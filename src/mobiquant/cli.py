@@ -138,6 +138,10 @@ def quantize(
     distill_steps: Annotated[int, typer.Option(help="Full recipe: steps end to end, 0 to leave it out.")] = 1400,
     sensitivity: Annotated[bool, typer.Option(help="Full recipe: routers compare layers by what each is worth.")] = True,
     routing_steps: Annotated[int, typer.Option(help="Full recipe: steps for routers end to end, 0 to leave it out.")] = 200,
+    whole_text: Annotated[
+        bool,
+        typer.Option("--whole-text/--samples-only", help="Full recipe: train on all of the text, or on the samples alone."),
+    ] = True,
     budget_minutes: Annotated[float | None, typer.Option(help="Full recipe: bound on the whole; takes fewer steps.")] = None,
     work_dir: Annotated[Path | None, typer.Option(help="Full recipe: folder to keep what is done in.")] = None,
     resume: Annotated[bool, typer.Option(help="Full recipe: go on with the run in --work-dir.")] = False,
@@ -161,7 +165,8 @@ def quantize(
     if recipe != "full" and (work_dir or resume or budget_minutes):
         raise InputError(f"recipe {recipe} keeps no work: --work-dir, --resume and --budget-minutes need --recipe full")
     steps = {"block_steps": block_steps, "distill_steps": distill_steps, "routing_steps": routing_steps}
-    trained = Training(**steps, sensitivity=sensitivity, budget_minutes=budget_minutes) if recipe == "full" else None
+    how = {"sensitivity": sensitivity, "whole_text": whole_text, "budget_minutes": budget_minutes}
+    trained = Training(**steps, **how) if recipe == "full" else None
     from mobiquant import calibrate, checkpoint, estimate
 
     checkpoint.check_output(output, overwrite)

@@ -129,7 +129,8 @@ class Training:
     Rates are those of AdamW: of the places of weights and of zero points in base steps, of the logarithm of scales. The
     divergence of each depth enters the loss as `KL^loss_power / loss_power`, its logarithm at 0. With `sensitivity` routers
     compare layers by what each is worth to the model; then `routing_steps` train them end to end, `router_rate` being the rate
-    of Adam for the biases of scores. `budget_minutes` bounds the whole recipe by taking fewer steps.
+    of Adam for the biases of scores. The end-to-end stages draw windows from the `whole_text`, or from the calibration windows
+    alone, which are what the other recipes see. `budget_minutes` bounds the whole recipe by taking fewer steps.
     """
 
     block_steps: int | None = None
@@ -145,6 +146,7 @@ class Training:
     sensitivity: bool = True
     routing_steps: int = 200
     router_rate: float = 6e-2
+    whole_text: bool = True
     budget_minutes: float | None = None
 
     def __post_init__(self) -> None:

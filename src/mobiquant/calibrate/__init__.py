@@ -95,6 +95,7 @@ def _run_full(
     progress: Report,
 ) -> tuple[Checkpoint, list[dict[str, Any]]]:
     """`fast`, or what a killed run has kept of it, then training; the layers of `model` are replaced."""
+    windows = every if training.whole_text else tokens
     original = deepcopy(model)
     start = None if work.folder is None else work.folder / "fast"
     if start is not None and start.is_dir():
@@ -104,13 +105,14 @@ def _run_full(
         stored, log = budget.checkpoint_of(known), []
     else:
         stored, log = run(model, tokens, form, replace(settings, recipe="fast"), device, progress, route=False)
-        stored = replace(stored, calibration=provenance(model, tokens, settings) | {"training": asdict(training)})
+        trained = {"training": asdict(training), "training_tokens": windows.numel()}
+        stored = replace(stored, calibration=provenance(model, tokens, settings) | trained)
         if start is not None:
             copied = deepcopy(model)
             quantizer.make_quantized(copied, stored, tokenizer, log)
             copied.save_pretrained(start)
     plan = full.Plan(training, started, work)
-    stored, more = full.Run(Pair.of(model, original), stored, every, tokens, settings, plan, device, progress).train()
+    stored, more = full.Run(Pair.of(model, original), stored, windows, tokens, settings, plan, device, progress).train()
     _wire(model, Precision(form.widths))
     return stored, log + more
 

@@ -60,7 +60,7 @@ class Plan:
 class Run:
     """One run of the recipe on a model that `fast` has quantised.
 
-    `tokens` are for blocks and routers, `windows` (all of the text) for the end-to-end stage.
+    `tokens` are for blocks and the start of routers, `windows` are what the end-to-end stages draw from.
     """
 
     pair: Pair
