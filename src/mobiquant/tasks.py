@@ -52,8 +52,8 @@ def measure(
         from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports] -- an extra
         from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
         from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise InputError("tasks need the lm-eval package: pip install 'mobiquant[tasks]'") from None
+    except ImportError as error:
+        raise InputError(f"tasks need the lm-eval package ({error}): pip install 'mobiquant[tasks]'") from None
     if folder is not None and not folder.is_dir():
         raise InputError(f"task folder '{folder}' does not exist: give a folder of yaml files")
     manager = TaskManager(include_path=None if folder is None else str(folder), include_defaults=folder is None)
