@@ -158,20 +158,24 @@ def autoround(given: Given, iterations: int = 200, extended: bool = False) -> Pr
     )  # fmt: skip
     batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in given.tokens.split(BATCH)]
     on_cuda = given.device.type == "cuda"
-    made = AutoRound(
-        given.model,
-        tokenizer=given.tokenizer,
-        alg_configs=how,
-        dataset=batches,
-        nsamples=given.tokens.shape[0],
-        seqlen=given.tokens.shape[1],
-        batch_size=BATCH,
-        device_map=str(given.device),
-        # kept whole in memory: the weights are read from it afterwards
-        low_cpu_mem_usage=False,
-        enable_torch_compile=None if on_cuda else False,
-    )
-    model, _ = made.quantize()
+    with TemporaryDirectory() as folder:
+        # it looks a loaded model up by its name, on the hub where that is no folder; a .gguf file has none
+        given.model.config.save_pretrained(folder)
+        given.model.name_or_path = given.model.config._name_or_path = folder
+        made = AutoRound(
+            given.model,
+            tokenizer=given.tokenizer,
+            alg_configs=how,
+            dataset=batches,
+            nsamples=given.tokens.shape[0],
+            seqlen=given.tokens.shape[1],
+            batch_size=BATCH,
+            device_map=str(given.device),
+            # kept whole in memory: the weights are read from it afterwards
+            low_cpu_mem_usage=False,
+            enable_torch_compile=None if on_cuda else False,
+        )
+        model, _ = made.quantize()
     # it leaves the whole process asking for deterministic algorithms
     torch.use_deterministic_algorithms(False)
     return model.to(given.device)
