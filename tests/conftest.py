@@ -1,5 +1,6 @@
 """Settings of all tests: examples of property tests are few, always the same, and never timed."""
 
+import pytest
 import torch
 from beartype import BeartypeConf, beartype
 from hypothesis import HealthCheck, settings
@@ -22,6 +23,18 @@ torch.set_num_threads(1)
 
 # files that take longest, begun first: with files spread over processes, one of them last would be waited for alone
 LONGEST = ("test_real_model", "test_full", "test_quality", "test_routing")
+
+
+@pytest.fixture(autouse=True)
+def exact(request):
+    """Products by torch operators, unless a test is about another backend (`@pytest.mark.backend`)."""
+    from mobiquant import matmul
+
+    if request.node.get_closest_marker("backend"):
+        yield
+    else:
+        with matmul.exact():
+            yield
 
 
 def pytest_collection_modifyitems(items):

@@ -3,13 +3,18 @@
 What: `y_t = x_t read(q, depth_t)^T + bias`. `reference` is the definition in fp32, unpacked and summed plainly; every faster
 path is tested only against it. `matmul` is what layers call; it picks a backend.
 
+Backends: C++ on a CPU (`kernels/cpu`, int8 activations) for inference, else torch operators, which are exact in the dtype
+of the activations. `exact` keeps to the latter, for calibration and for comparing.
+
 How the torch path works: tokens are gathered by depth, the weight is read once for each depth that occurs, and each group
 of tokens is a dense product in the dtype of the activations. Only the planes that the deepest token of the call needs are
 unpacked; shallower depths are shifts of the same codes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Float16, Int, UInt8
@@ -42,8 +47,41 @@ def reference(x: Float[Tensor, "T K"], weight: Packed, depth: Int[Tensor, " T"])
     return every[depth.long() - 1, torch.arange(x.shape[0], device=x.device)]
 
 
+_only_exact = False
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """Keep to torch operators inside, whatever backends there are."""
+    global _only_exact
+    before, _only_exact = _only_exact, True
+    try:
+        yield
+    finally:
+        _only_exact = before
+
+
+@lru_cache(maxsize=32)
+def _widths(slices: tuple[int, ...]) -> Int[Tensor, " E"]:
+    return torch.tensor(s.bounds(slices), dtype=torch.int8)
+
+
 def matmul(x: Float[Tensor, "T K"], weight: Packed, depth: Int[Tensor, " T"] | int) -> Float[Tensor, "T N"]:
     """The product in the dtype of `x`; `depth` is one for all tokens or one for each."""
+    if not _only_exact and x.device.type == "cpu":
+        from mobiquant.kernels.cpu.product import product, usable
+
+        if usable(x, weight.group_size, weight.columns):
+            widths = _widths(weight.slices)
+            one = isinstance(depth, int)
+            bits = widths[depth - 1].expand(x.shape[0]) if one else widths[depth - 1]
+            few = weight.planes[:depth] if one else weight.planes
+            return product(x, list(few), weight.scale, weight.zero, bits, weight.slices[0], weight.group_size, weight.columns)
+    return dense(x, weight, depth)
+
+
+def dense(x: Float[Tensor, "T K"], weight: Packed, depth: Int[Tensor, " T"] | int) -> Float[Tensor, "T N"]:
+    """`matmul` by torch operators."""
     if isinstance(depth, int):
         return x @ weight.read(depth).to(x.dtype).T
     present = torch.unique(depth).tolist()

@@ -17,7 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mobiquant import blocks, budget, data, integration, quantizer
+from mobiquant import blocks, budget, data, integration, matmul, quantizer
 from mobiquant.calibrate import fast, full, paper, thresholds, work
 from mobiquant.calibrate.passes import Pair
 from mobiquant.calibrate.streams import Stage, Streams
@@ -67,7 +67,8 @@ def quantize(
         loaded, tokenizer = integration.load_float(model), tokenizer or integration.load_tokenizer(model)
     every = data.windows_of_all(texts, tokenizer, chosen.sequence_length or 0)
     tokens = data.sample(every, chosen.samples or 0, chosen.seed)
-    with nullcontext(progress) if progress else bars() as report:
+    # codes, routers and thresholds are fitted to what is stored, not to how one backend rounds activations
+    with matmul.exact(), nullcontext(progress) if progress else bars() as report:
         if recipe != "full":
             stored, log = run(loaded, tokens, form, chosen, target, report)
         else:

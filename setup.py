@@ -1,0 +1,64 @@
+"""Builds the C++ kernels for a CPU into the package; everything else is in pyproject.toml.
+
+The library is plain C behind ctypes, so one build serves every Python and every torch. Without a compiler the build goes on
+and the package works by torch operators.
+"""
+
+import platform
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+HOME = "src/mobiquant/kernels/cpu"
+FLAGS = ["-std=c++20", "-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+# what gcc says of its own headers and of vectors wider than the machine's
+FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+# files for an instruction set each; the rest runs anywhere
+SETS = {
+    "avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx2", "-mfma", "-mf16c"],
+}
+X86 = platform.machine() in ("x86_64", "AMD64")
+
+
+class Build(build_ext):
+    """Compiles each file with the flags of its instruction set."""
+
+    def build_extension(self, ext: Extension) -> None:
+        compile_all = self.compiler.compile
+
+        def compile_each(sources: list[str], **how: object) -> list[str]:
+            flags = list(how.pop("extra_postargs", None) or [])
+            objects = []
+            for source in sources:
+                objects += compile_all([source], extra_postargs=flags + SETS.get(source.rpartition("/")[2], []), **how)
+            return objects
+
+        self.compiler.compile = compile_each
+        try:
+            super().build_extension(ext)
+        finally:
+            self.compiler.compile = compile_all
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        """None of Python's: the library is no module."""
+        return []
+
+
+FILES = ["library.cpp", "pool.cpp", "plain.cpp", *(SETS if X86 else [])]
+HEADERS = ["types", "pool", "fields", "activations", "product", "decoder", "lanes_plain", "lanes_avx2", "lanes_avx512"]
+setup(
+    cmdclass={"build_ext": Build},
+    ext_modules=[
+        Extension(
+            "mobiquant.kernels.cpu._cpu",
+            [f"{HOME}/{name}" for name in FILES],
+            depends=[f"{HOME}/{name}.h" for name in HEADERS],
+            extra_compile_args=FLAGS,
+            extra_link_args=["-pthread"],
+            language="c++",
+            optional=True,
+            py_limited_api=True,
+        )
+    ],
+)

@@ -1,0 +1,83 @@
+// From bit planes to codes, in registers.
+//
+// Byte j of a plane holds one bit of eight columns. The planes of a code are merged in steps: two planes to fields of two
+// bits, two of those to fields of four, and those to bytes. Each step keeps a field where its lowest bit was, so that
+// afterwards vector i holds, in byte j, the code of column 8 j + 7 - i: activations are stored in that order, once a token.
+#pragma once
+
+namespace {
+
+// Codes of `W` bits from planes `s`, lowest bit first, into eight vectors.
+template <class V, int W>
+inline void fields(const typename V::Bytes* s, typename V::Bytes* out) {
+    using Bytes = typename V::Bytes;
+    if constexpr (W == 1) {
+        const Bytes a = s[0];
+        out[0] = V::only(a, 1);
+        out[1] = V::only(V::template right<1>(a), 1);
+        out[2] = V::only(V::template right<2>(a), 1);
+        out[3] = V::only(V::template right<3>(a), 1);
+        out[4] = V::only(V::template right<4>(a), 1);
+        out[5] = V::only(V::template right<5>(a), 1);
+        out[6] = V::only(V::template right<6>(a), 1);
+        out[7] = V::only(V::template right<7>(a), 1);
+    } else if constexpr (W == 2) {
+        const Bytes even = V::mix(V::template left<1>(s[1]), s[0], 0xaa), odd = V::mix(s[1], V::template right<1>(s[0]), 0xaa);
+        out[0] = V::only(even, 3);
+        out[1] = V::only(odd, 3);
+        out[2] = V::only(V::template right<2>(even), 3);
+        out[3] = V::only(V::template right<2>(odd), 3);
+        out[4] = V::only(V::template right<4>(even), 3);
+        out[5] = V::only(V::template right<4>(odd), 3);
+        out[6] = V::only(V::template right<6>(even), 3);
+        out[7] = V::only(V::template right<6>(odd), 3);
+    } else {
+        Bytes nibbles[2][4];
+        for (int half = 0; half < (W > 4 ? 2 : 1); ++half) {
+            Bytes p[4];
+            for (int k = 0; k < 4; ++k) p[k] = 4 * half + k < W ? s[4 * half + k] : V::zero();
+            const Bytes low0 = V::mix(V::template left<1>(p[1]), p[0], 0xaa), low1 = V::mix(p[1], V::template right<1>(p[0]), 0xaa);
+            const Bytes high0 = V::mix(V::template left<1>(p[3]), p[2], 0xaa), high1 = V::mix(p[3], V::template right<1>(p[2]), 0xaa);
+            // nibbles of bit i in the lower half of a byte, of bit i + 4 in the upper one
+            nibbles[half][0] = V::mix(V::template left<2>(high0), low0, 0xcc);
+            nibbles[half][1] = V::mix(V::template left<2>(high1), low1, 0xcc);
+            nibbles[half][2] = V::mix(high0, V::template right<2>(low0), 0xcc);
+            nibbles[half][3] = V::mix(high1, V::template right<2>(low1), 0xcc);
+        }
+        for (int i = 0; i < 4; ++i) {
+            if constexpr (W <= 4) {
+                out[i] = V::only(nibbles[0][i], 15);
+                out[i + 4] = V::only(V::template right<4>(nibbles[0][i]), 15);
+            } else {
+                out[i] = V::mix(V::template left<4>(nibbles[1][i]), nibbles[0][i], 0xf0);
+                out[i + 4] = V::mix(nibbles[1][i], V::template right<4>(nibbles[0][i]), 0xf0);
+            }
+        }
+    }
+}
+
+// How a code of `W` bits is cut into parts that one dot product takes, the lowest bits first.
+template <class V, int W>
+struct Parts {
+    static constexpr int COUNT = (W + V::PART - 1) / V::PART;
+    static constexpr int width(int part) { return part + 1 < COUNT ? V::PART : W - V::PART * part; }
+};
+
+constexpr int AHEAD = 1024;
+
+// The codes of one block of a row: `Parts::COUNT` times eight vectors. `there` are the bytes of each plane that may be read.
+template <class V, int W>
+inline void codes(const uint8_t* const* plane, int64_t at, int64_t there, typename V::Bytes (*out)[8]) {
+    typename V::Bytes s[W];
+    // rows follow one another in memory; the machine's own prefetching starts anew at every page
+    for (int k = 0; k < W; ++k) __builtin_prefetch(plane[k] + at + AHEAD);
+    if (there >= V::BYTES) {
+        for (int k = 0; k < W; ++k) s[k] = V::whole(plane[W - 1 - k] + at);
+    } else {
+        for (int k = 0; k < W; ++k) s[k] = V::load(plane[W - 1 - k] + at, there);
+    }
+    fields<V, Parts<V, W>::width(0)>(s, out[0]);
+    if constexpr (Parts<V, W>::COUNT > 1) fields<V, Parts<V, W>::width(1)>(s + V::PART, out[1]);
+}
+
+}  // namespace

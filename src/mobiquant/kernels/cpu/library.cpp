@@ -1,0 +1,81 @@
+// The plain C interface that Python loads, and the choice of an instruction set.
+#include <cstring>
+
+#include "pool.h"
+#include "types.h"
+
+namespace mobiquant {
+namespace {
+
+const Table* tables[3];
+int count = 0;
+const Table* chosen = nullptr;
+
+// The tables that this machine can run, best last.
+void find() {
+    if (count) return;
+    tables[count++] = &PLAIN;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+        tables[count++] = &AVX2;
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+            __builtin_cpu_supports("avx512vnni")) {
+            tables[count++] = &AVX512;
+        }
+    }
+#endif
+    chosen = tables[count - 1];
+}
+
+}  // namespace
+}  // namespace mobiquant
+
+using namespace mobiquant;
+
+#define EXPORTED __attribute__((visibility("default")))
+
+extern "C" {
+
+// Counted up whenever a structure or a function here changes; Python refuses a library of another number.
+EXPORTED int mobiquant_version() { return 1; }
+
+// Sizes of Weight, Router, Reading, Block and Decoder, for Python to compare with its own.
+EXPORTED void mobiquant_sizes(int* sizes) {
+    const int own[5] = {sizeof(Weight), sizeof(Router), sizeof(Reading), sizeof(Block), sizeof(Decoder)};
+    std::memcpy(sizes, own, sizeof own);
+}
+
+// Name of the `number`-th instruction set that works here, or null.
+EXPORTED const char* mobiquant_instructions(int number) {
+    find();
+    return number < 0 || number >= count ? nullptr : tables[number]->name;
+}
+
+// Use the instruction set of that name; 0 where it does not work here.
+EXPORTED int mobiquant_use(const char* name) {
+    find();
+    for (int k = 0; k < count; ++k) {
+        if (std::strcmp(tables[k]->name, name) == 0) {
+            chosen = tables[k];
+            return 1;
+        }
+    }
+    return 0;
+}
+
+EXPORTED int mobiquant_product(const Weight* weight, const float* x, int tokens, const signed char* bits, float* y,
+                               int thread_count) {
+    find();
+    set_threads(thread_count);
+    return tokens == 0 || chosen->product(*weight, x, tokens, reinterpret_cast<const int8_t*>(bits), y);
+}
+
+EXPORTED int mobiquant_decode(const Decoder* model, const Reading* reading, int token, int position, float* logits,
+                              double* counts, int thread_count) {
+    find();
+    set_threads(thread_count);
+    return chosen->decode(*model, *reading, token, position, logits, counts);
+}
+
+}  // extern "C"

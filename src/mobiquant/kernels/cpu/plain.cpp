@@ -1,0 +1,11 @@
+// Everything for any machine. Nothing of the standard library that is inlined may end up here: what is compiled
+// with these instructions could be taken by the linker for all.
+#include "lanes_plain.h"
+//
+#include "decoder.h"
+
+namespace mobiquant {
+
+const Table PLAIN = {"plain", product<Plain>, decode<Plain>};
+
+}  // namespace mobiquant

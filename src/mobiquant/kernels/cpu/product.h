@@ -1,0 +1,313 @@
+// The mixed-depth product: `y_t = x_t read(q, bits_t)^T + bias`.
+//
+// With `s` the scale and `z` the shift of a group, `c` the codes of a row and a token x = a q (int8, a for each 32 columns),
+//
+//     y = sum over lanes of  s (cell a sum(c q) - z a sum(q)),     cell = 2^(base - bits),  z = zero 2^(base - 8) + (1 - cell) / 2
+//
+// Sums inside a lane are whole numbers and exact; lanes are added in fp32, in an order that depends on nothing but the shape.
+#pragma once
+
+#include "activations.h"
+#include "fields.h"
+#include "pool.h"
+
+namespace {
+
+struct Cell {
+    float cell, step, middle;
+    Cell(int base, int bits) : cell(std::ldexp(1.0f, base - bits)), step(std::ldexp(1.0f, base - 8)), middle(0.5f - cell / 2) {}
+};
+
+// Scale and shift of the lanes of one block of a row.
+template <class V>
+inline void scales(const Weight& w, const Shape<V>& shape, int64_t row, int block, const Cell& c, typename V::Floats& scale,
+                   typename V::Floats& shift) {
+    const int64_t at = row * shape.groups + shape.first[block], there = static_cast<int64_t>(w.rows) * shape.groups - at;
+    const int32_t* const index = shape.index + block * V::LANES;
+    scale = V::halves(w.scale + at, there, index);
+    shift = V::fused(V::bytes(w.zero + at, there, index), V::all(c.step), V::all(c.middle));
+}
+
+// One row for one token, codes from planes to sums without leaving the registers. Where `apart` is not null the values of all
+// lanes are left there instead of being summed.
+template <class V, int W>
+float row_product(const Weight& w, const Shape<V>& shape, int64_t row, const int8_t* q, const float* a, const float* b,
+                  const Cell& c, float* apart) {
+    using P = Parts<V, W>;
+    typename V::Floats total = V::none();
+    for (int block = 0; block < shape.blocks; ++block, q += 8 * V::BYTES, a += V::LANES, b += V::LANES) {
+        const int64_t at = row * shape.bytes + static_cast<int64_t>(block) * V::BYTES;
+        typename V::Bytes code[P::COUNT][8];
+        codes<V, W>(w.plane, at, static_cast<int64_t>(w.rows) * shape.bytes - at, code);
+        // two sums, or each addition would wait for the one before
+        typename V::Sum sums[P::COUNT][2];
+        for (int part = 0; part < P::COUNT; ++part) {
+            for (int i = 0; i < 8; ++i) sums[part][i % 2].add(code[part][i], q + i * V::BYTES);
+        }
+        typename V::Floats dot = V::Sum::lanes(sums[0][0], sums[0][1]), scale, shift;
+        if constexpr (P::COUNT > 1) dot = V::fused(V::Sum::lanes(sums[1][0], sums[1][1]), V::all(1 << V::PART), dot);
+        scales<V>(w, shape, row, block, c, scale, shift);
+        dot = V::multiply(V::multiply(dot, V::all(c.cell)), V::load_floats(a));
+        dot = V::fused_less(shift, V::load_floats(b), dot);
+        if (apart != nullptr) {
+            V::store_floats(apart + block * V::LANES, V::multiply(scale, dot));
+        } else {
+            total = V::fused(scale, dot, total);
+        }
+    }
+    return V::sum(total);
+}
+
+template <class V>
+float sum_of(const float* lanes, int count) {
+    typename V::Floats total = V::none();
+    int k = 0;
+    for (; k + V::LANES <= count; k += V::LANES) total = V::fused(V::load_floats(lanes + k), V::all(1.0f), total);
+    float rest = V::sum(total);
+    for (; k < count; ++k) rest += lanes[k];
+    return rest;
+}
+
+// Rows that do not fill their last vector are taken several at once: a weight [rows, columns] is also one of
+// [rows / period, period * columns] for activations that are repeated, if sums are cut at the ends of rows.
+constexpr int MOST_REPEATED = 16384;
+
+template <class V>
+int period_of(const Weight& w) {
+    const int bytes = w.columns / 8;
+    if (w.columns % LANE || w.columns % w.group || bytes % V::BYTES == 0 || bytes > 8 * V::BYTES) return 1;
+    int period = 2;
+    while (period * bytes % V::BYTES) period *= 2;
+    return w.rows % period == 0 && period * w.columns <= MOST_REPEATED ? period : 1;
+}
+
+inline Weight repeated(Weight w, int period) {
+    w.rows /= period;
+    w.columns *= period;
+    return w;
+}
+
+template <class V, int W>
+void rows_product(const Weight& w, const Shape<V>& shape, int period, int from, int to, const int8_t* q, const float* a,
+                  const float* b, float* y) {
+    const Cell c(w.base, W);
+    if (period == 1) {
+        for (int row = from; row < to; ++row) {
+            y[row] = row_product<V, W>(w, shape, row, q, a, b, c, nullptr) + (w.bias == nullptr ? 0.0f : w.bias[row]);
+        }
+        return;
+    }
+    alignas(64) float lanes[MOST_REPEATED / LANE + V::LANES];
+    const int each = shape.columns / period / LANE;
+    for (int many = from; many < to; ++many) {
+        row_product<V, W>(w, shape, many, q, a, b, c, lanes);
+        for (int k = 0; k < period; ++k) {
+            const int row = many * period + k;
+            y[row] = sum_of<V>(lanes + k * each, each) + (w.bias == nullptr ? 0.0f : w.bias[row]);
+        }
+    }
+}
+
+// Rows for one token at `bits`; where `period` is more than 1, `w` and `x` are repeated, and rows are counted in periods.
+template <class V>
+void one_token(int bits, const Weight& w, const Shape<V>& shape, int period, int from, int to, const Activations<V>& x, float* y) {
+    const int8_t* const q = x.codes(0);
+    const float *const a = x.scales(0), *const b = x.sums(0);
+    switch (bits) {
+        case 1: return rows_product<V, 1>(w, shape, period, from, to, q, a, b, y);
+        case 2: return rows_product<V, 2>(w, shape, period, from, to, q, a, b, y);
+        case 3: return rows_product<V, 3>(w, shape, period, from, to, q, a, b, y);
+        case 4: return rows_product<V, 4>(w, shape, period, from, to, q, a, b, y);
+        case 5: return rows_product<V, 5>(w, shape, period, from, to, q, a, b, y);
+        case 6: return rows_product<V, 6>(w, shape, period, from, to, q, a, b, y);
+        case 7: return rows_product<V, 7>(w, shape, period, from, to, q, a, b, y);
+        default: return rows_product<V, 8>(w, shape, period, from, to, q, a, b, y);
+    }
+}
+
+// A few rows unpacked once and used for all tokens of a depth.
+template <class V>
+struct Panel {
+    static constexpr int ROWS = V::ROWS;
+    uint8_t* code;          // [ROWS, blocks, parts, 8, BYTES]
+    float *scale, *shift;   // [ROWS, blocks * LANES]: scale times cell, scale times shift
+
+    static size_t size(int blocks) {
+        return static_cast<size_t>(ROWS) * blocks * (2 * 8 * V::BYTES + 2 * sizeof(float) * V::LANES);
+    }
+    Panel(void* memory, int blocks) {
+        scale = static_cast<float*>(memory);
+        shift = scale + ROWS * blocks * V::LANES;
+        code = reinterpret_cast<uint8_t*>(shift + ROWS * blocks * V::LANES);
+    }
+
+    template <int W>
+    void fill(const Weight& w, const Shape<V>& shape, int64_t row, int count) {
+        using P = Parts<V, W>;
+        const Cell c(w.base, W);
+        for (int r = 0; r < count; ++r) {
+            for (int block = 0; block < shape.blocks; ++block) {
+                const int64_t at = (row + r) * shape.bytes + static_cast<int64_t>(block) * V::BYTES;
+                typename V::Bytes made[P::COUNT][8];
+                codes<V, W>(w.plane, at, static_cast<int64_t>(w.rows) * shape.bytes - at, made);
+                uint8_t* const to = code + (static_cast<size_t>(r) * shape.blocks + block) * P::COUNT * 8 * V::BYTES;
+                for (int i = 0; i < 8 * P::COUNT; ++i) V::store(to + i * V::BYTES, made[i / 8][i % 8]);
+                typename V::Floats s, z;
+                scales<V>(w, shape, row + r, block, c, s, z);
+                const size_t lane = (static_cast<size_t>(r) * shape.blocks + block) * V::LANES;
+                V::store_floats(scale + lane, V::multiply(s, V::all(c.cell)));
+                V::store_floats(shift + lane, V::multiply(s, z));
+            }
+        }
+    }
+
+    // `R` rows for `T` tokens.
+    template <int W, int R, int T>
+    void multiply(const Activations<V>& x, const int32_t* token, int blocks, float (*out)[R]) const {
+        using P = Parts<V, W>;
+        typename V::Floats total[T][R];
+        for (auto& one : total) {
+            for (auto& value : one) value = V::none();
+        }
+        for (int block = 0; block < blocks; ++block) {
+            typename V::Floats dot[T][R];
+            for (int part = P::COUNT - 1; part >= 0; --part) {
+                typename V::Sum sums[T][R];
+                for (int i = 0; i < 8; ++i) {
+                    for (int r = 0; r < R; ++r) {
+                        const size_t at = ((static_cast<size_t>(r) * blocks + block) * P::COUNT + part) * 8 + i;
+                        const typename V::Bytes c = V::whole(code + at * V::BYTES);
+                        for (int t = 0; t < T; ++t) sums[t][r].add(c, x.codes(token[t]) + (block * 8 + i) * V::BYTES);
+                    }
+                }
+                for (int t = 0; t < T; ++t) {
+                    for (int r = 0; r < R; ++r) {
+                        const typename V::Floats found = sums[t][r].lanes();
+                        dot[t][r] = part + 1 == P::COUNT ? found : V::fused(dot[t][r], V::all(1 << V::PART), found);
+                    }
+                }
+            }
+            for (int t = 0; t < T; ++t) {
+                const typename V::Floats a = V::load_floats(x.scales(token[t]) + block * V::LANES);
+                const typename V::Floats b = V::load_floats(x.sums(token[t]) + block * V::LANES);
+                for (int r = 0; r < R; ++r) {
+                    const size_t lane = (static_cast<size_t>(r) * blocks + block) * V::LANES;
+                    total[t][r] = V::fused(V::multiply(dot[t][r], a), V::load_floats(scale + lane), total[t][r]);
+                    total[t][r] = V::fused_less(b, V::load_floats(shift + lane), total[t][r]);
+                }
+            }
+        }
+        for (int t = 0; t < T; ++t) {
+            for (int r = 0; r < R; ++r) out[t][r] = V::sum(total[t][r]);
+        }
+    }
+
+    // Rows `from` to `to` for the tokens listed, all at `W` bits.
+    template <int W>
+    void run(const Weight& w, const Shape<V>& shape, int from, int to, const Activations<V>& x, const int32_t* token, int count,
+             float* y) {
+        for (int row = from; row < to; row += ROWS) {
+            const int rows = to - row < ROWS ? to - row : ROWS;
+            fill<W>(w, shape, row, rows);
+            for (int t = 0; t < count; t += 2) {
+                float out[2][ROWS];
+                // what is left of the last rows is computed from what the panel held before, and not stored
+                if (t + 1 < count) {
+                    multiply<W, ROWS, 2>(x, token + t, shape.blocks, out);
+                } else {
+                    multiply<W, ROWS, 1>(x, token + t, shape.blocks, out);
+                }
+                for (int k = 0; k < 2 && t + k < count; ++k) {
+                    float* const at = y + static_cast<size_t>(token[t + k]) * w.rows + row;
+                    for (int r = 0; r < rows; ++r) at[r] = out[k][r] + (w.bias == nullptr ? 0.0f : w.bias[row + r]);
+                }
+            }
+        }
+    }
+
+    void run(int bits, const Weight& w, const Shape<V>& shape, int from, int to, const Activations<V>& x, const int32_t* token,
+             int count, float* y) {
+        switch (bits) {
+            case 1: return run<1>(w, shape, from, to, x, token, count, y);
+            case 2: return run<2>(w, shape, from, to, x, token, count, y);
+            case 3: return run<3>(w, shape, from, to, x, token, count, y);
+            case 4: return run<4>(w, shape, from, to, x, token, count, y);
+            case 5: return run<5>(w, shape, from, to, x, token, count, y);
+            case 6: return run<6>(w, shape, from, to, x, token, count, y);
+            case 7: return run<7>(w, shape, from, to, x, token, count, y);
+            default: return run<8>(w, shape, from, to, x, token, count, y);
+        }
+    }
+};
+
+// Chunks of rows: several for each thread, so that one that is put aside does not hold the others up.
+inline int rows_of_chunk(int rows, int tokens) {
+    const int wanted = rows / (4 * threads()) / 8 * 8, least = tokens > 1 ? 8 : 64;
+    return wanted < least ? least : wanted > 512 ? 512 : wanted;
+}
+
+// One token: `x` [columns] at `bits`.
+template <class V>
+int single(const Weight& given, const float* x, int bits, float* y) {
+    static thread_local Scratch shapes, quantised;
+    const int period = period_of<V>(given);
+    const Weight w = repeated(given, period);
+    Shape<V> shape(w);
+    void *const places = shapes.get(shape.size()), *const held = quantised.get(Activations<V>::size(1, shape.blocks) + 64);
+    if (places == nullptr || held == nullptr) return 0;
+    shape.place(places, w.group);
+    Activations<V> quant(held, 1, shape.blocks);
+    quant.set(0, x, w.columns, given.columns);
+    const int step = rows_of_chunk(given.rows, 1) / period, chunks = (w.rows + step - 1) / step;
+    parallel(chunks, [&](int chunk) {
+        const int from = chunk * step, to = from + step < w.rows ? from + step : w.rows;
+        one_token<V>(bits, w, shape, period, from, to, quant, y);
+    });
+    return 1;
+}
+
+template <class V>
+int product(const Weight& w, const float* x, int tokens, const int8_t* bits, float* y) {
+    if (tokens == 1) return single<V>(w, x, bits[0], y);
+    static thread_local Scratch shapes, quantised, orders;
+    Shape<V> shape(w);
+    void* const places = shapes.get(shape.size());
+    void* const held = quantised.get(Activations<V>::size(tokens, shape.blocks) + 64);
+    int32_t* const order = static_cast<int32_t*>(orders.get(sizeof(int32_t) * (static_cast<size_t>(tokens) + MAX_BITS + 2)));
+    if (places == nullptr || held == nullptr || order == nullptr) return 0;
+    shape.place(places, w.group);
+    Activations<V> quant(held, tokens, shape.blocks);
+    parallel((tokens + 15) / 16, [&](int chunk) {
+        for (int t = 16 * chunk; t < tokens && t < 16 * chunk + 16; ++t) {
+            quant.set(t, x + static_cast<size_t>(t) * w.columns, w.columns, w.columns);
+        }
+    });
+    const int step = rows_of_chunk(w.rows, tokens), chunks = (w.rows + step - 1) / step;
+    const auto end = [&](int chunk) { return (chunk + 1) * step < w.rows ? (chunk + 1) * step : w.rows; };
+    // tokens in the order of their widths; `start` says where each width begins
+    int32_t *const start = order + tokens, place = 0;
+    for (int width = 1; width <= MAX_BITS; ++width) {
+        start[width] = place;
+        for (int t = 0; t < tokens; ++t) {
+            if (bits[t] == width) order[place++] = t;
+        }
+    }
+    start[MAX_BITS + 1] = place;
+    int failed = 0;
+    parallel(chunks, [&](int chunk) {
+        static thread_local Scratch panels;
+        void* const memory = panels.get(Panel<V>::size(shape.blocks) + 64);
+        if (memory == nullptr) {
+            __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
+            return;
+        }
+        Panel<V> panel(memory, shape.blocks);
+        for (int width = 1; width <= MAX_BITS; ++width) {
+            const int count = start[width + 1] - start[width];
+            if (count) panel.run(width, w, shape, chunk * step, end(chunk), quant, order + start[width], count, y);
+        }
+    });
+    return !failed;
+}
+
+}  // namespace

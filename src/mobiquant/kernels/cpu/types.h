@@ -1,0 +1,75 @@
+// What Python hands over: plain structures of pointers, mirrored field by field in `library.py`.
+#pragma once
+
+#include <cstdint>
+
+namespace mobiquant {
+
+constexpr int MAX_BITS = 8;
+// columns of one 32-bit sum: four bytes of a plane. Activations are quantised in blocks of as many.
+constexpr int LANE = 32;
+
+// A weight [rows, columns] as stored (`pack.py`, `slices.py`). `plane[p]` is bit p of the master code, highest first: [rows,
+// ceil(columns / 8)] bytes, the first column of eight in the highest bit. `scale` is fp16, `zero` uint8, both [rows, groups].
+struct Weight {
+    const uint8_t* plane[MAX_BITS];
+    const uint16_t* scale;
+    const uint8_t* zero;
+    const float* bias;  // [rows], or null
+    int32_t rows, columns, group, base;
+};
+
+// A router as stored (`router.py`), for `hidden` features and `outputs` residual slices.
+struct Router {
+    const int8_t* weight;    // [hidden, columns]
+    const uint16_t* scale;   // [hidden] fp16
+    const float* rms;        // [hidden]
+    const float* bias;       // [hidden]
+    const float* out;        // [outputs, hidden]
+    const float* out_bias;   // [outputs]
+    int32_t hidden, outputs, columns;
+};
+
+// How deep tokens read: bits of each prefix, the threshold, and the deepest prefix that is allowed (counted from 1).
+struct Reading {
+    int32_t widths[MAX_BITS];
+    int32_t depths, cap, routed;
+    float tau;
+};
+
+enum Linear { QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN, LINEARS };
+
+// A block of a decoder: norm, attention with rotary positions, norm, gated feed-forward. Linears with the same router (or
+// none) that follow one another read the same input. `query_norm` and `key_norm` are null where the model has none.
+struct Block {
+    Weight linear[LINEARS];
+    Router router[LINEARS];  // a null `weight` stands for the router of the linear before
+    const float *first_norm, *second_norm, *query_norm, *key_norm;
+};
+
+struct Decoder {
+    const Block* blocks;
+    Weight head;
+    const void* embedding;  // [vocabulary, width], of `embedding_type`: 0 fp32, 1 bf16, 2 fp16
+    const float* final_norm;
+    const float *cosine, *sine;  // [positions, head_size / 2]
+    float *keys, *values;        // [blocks, key_heads, positions, head_size]
+    int32_t count, width, heads, key_heads, head_size, inner, vocabulary, positions, embedding_type;
+    float epsilon, attention_scale;
+};
+
+// What an instruction set brings; one table for each in its own file.
+struct Table {
+    const char* name;
+    // y [tokens, rows] = x [tokens, columns] W^T + bias, token t reading `bits[t]` bits; 0 where memory is out
+    int (*product)(const Weight& weight, const float* x, int tokens, const int8_t* bits, float* y);
+    // logits of the token after `token`, which stands at `position`; adds the weights read at each depth to `counts`
+    int (*decode)(const Decoder& model, const Reading& reading, int token, int position, float* logits, double* counts);
+};
+
+extern const Table PLAIN;
+#if defined(__x86_64__)
+extern const Table AVX2, AVX512;
+#endif
+
+}  // namespace mobiquant
