@@ -16,8 +16,9 @@ HOME = Path(mobiquant.__file__).parent
 FILES = sorted(HOME.rglob("*.py"))
 # a module imports only those to its left; names on one level do not import each other
 ORDER = (
-    "_register|slices|progress|kernels",
-    "kernels.descent|kernels.grid|kernels.divergence",
+    "_register|slices|progress|kernels|kernels.cpu",
+    "kernels.descent|kernels.grid|kernels.divergence|kernels.cpu.library",
+    "kernels.cpu.product",
     "pack|clip|compensate|config",
     "router|matmul",
     "linear",
@@ -31,7 +32,7 @@ ORDER = (
     "calibrate.routing",
     "calibrate.full",
     "calibrate",
-    "evaluate|analysis",
+    "evaluate|analysis|decoder",
     "estimate|generate|report|tasks|page",
     "demo",
     "cli",

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mobiquant import budget, pack
+from mobiquant import budget, matmul, pack
 from mobiquant import slices as s
 from mobiquant.kernels.cpu import library
 from mobiquant.linear import MobiLinear
@@ -29,6 +29,8 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROTARY = ("default", "linear", "llama3", "yarn")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 HEAD_SLICES, HEAD_GROUP, HEAD_ROWS = (4, 4), 64, 4096
+# positions are asked for in steps, so that a slightly longer text needs no new decoder
+ROUND = 256
 EMBEDDINGS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -40,6 +42,8 @@ def path_of(name: str) -> str:
 def reason(model: Any, positions: int) -> str | None:
     """Why a model cannot be decoded natively for so many positions; None where it can."""
     config = model.config
+    if matmul.is_exact():
+        return "exact products are asked for"
     if library.load() is None:
         return "the CPU kernels are not built"
     if next(model.parameters()).device.type != "cpu":
@@ -73,6 +77,20 @@ def _layers_reason(model: Any) -> str | None:
     return None
 
 
+def of(model: Any, positions: int) -> "Decoder":
+    """A decoder for at least so many positions: the one of the last call where the model has not changed since."""
+    held = model.__dict__.get("_mobiquant_decoder")
+    if held is None or held.positions < positions or held.seen != _addresses(model):
+        held = Decoder(model, -(-positions // ROUND) * ROUND)
+        model.__dict__["_mobiquant_decoder"] = held
+    return held
+
+
+def _addresses(model: nn.Module) -> list[int]:
+    """Where all tensors of a model lie: others after a move, a cast or another load."""
+    return [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
+
+
 class Decoder:
     """Native steps of a model; `reason` must have found nothing. Reads the precision of the model anew at every step."""
 
@@ -98,7 +116,7 @@ class Decoder:
         made.vocabulary, made.positions, made.epsilon = made.head.rows, positions, config.rms_norm_eps
         made.attention_scale = stack[0].get_submodule("self_attn").scaling
         self.made, self.logits, self.filled = made, torch.empty(made.vocabulary), 0
-        self.positions = positions
+        self.positions, self.seen = positions, _addresses(model)
 
     def prefill(self, tokens: Int[Tensor, "1 L"]) -> Float[Tensor, " V"]:
         """Run a prompt through the model and take over its cache; returns the logits of the next token in fp32."""
@@ -169,7 +187,10 @@ class Decoder:
     def _router(self, layer: MobiLinear) -> library.Router:
         found = layer.get_router()
         made = library.Router(
-            *(self._pointer(part) for part in (found.weight, found.weight_scale, found.rms, found.bias, found.out, found.out_bias))
+            *(
+                self._pointer(part)
+                for part in (found.weight, found.weight_scale, found.rms, found.bias, found.out, found.out_bias)
+            )
         )
         made.hidden, made.outputs, made.columns = found.weight.shape[0], found.out.shape[0], layer.in_features
         return made

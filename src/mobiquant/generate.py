@@ -1,12 +1,28 @@
-"""Text from a model, token by token as it is made."""
+"""Text from a model, token by token as it is made.
 
-from collections.abc import Callable
+On a CPU a model of a known family is decoded natively (`decoder.py`), with the same rules of sampling; every other model, and
+every rule that is not listed here, goes through `generate` of transformers.
+"""
+
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from mobiquant import decoder
 from mobiquant.config import InputError
+
+# settings of a generation that native decoding follows; one of the others that is set to something leaves it to transformers
+PLAIN = {"do_sample", "temperature", "top_k", "top_p", "max_length", "max_new_tokens", "use_cache", "transformers_version"}
+PLAIN |= {
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "_from_model_config",
+    "cache_implementation",
+    "return_dict_in_generate",
+}
 
 
 def generate(
@@ -54,5 +70,53 @@ def generate(
     streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with torch.inference_mode():
-        model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=pad, **sampling)  # type: ignore
+        steps = natively(model, inputs["input_ids"], max_new_tokens, seed is not None)
+        if steps is None:
+            model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=pad, **sampling)  # type: ignore
+        else:
+            streamer.put(inputs["input_ids"])
+            for token in steps:
+                streamer.put(torch.tensor([token]))
+            streamer.end()
     return "".join(pieces)
+
+
+def natively(model: Any, tokens: Tensor, count: int, sample: bool) -> Iterator[int] | None:
+    """At most `count` tokens after `tokens` [1, L] by native decoding, greedy or sampled; None where this model has none."""
+    length = tokens.shape[1] + count
+    config = model.generation_config
+    others = {name for name, value in config.to_diff_dict().items() if value is not None and name not in PLAIN}
+    if others or tokens.shape[0] != 1 or decoder.reason(model, length) is not None:
+        return None
+    return _steps(model, decoder.of(model, length), tokens, count, _warpers(config) if sample else None)
+
+
+def _steps(model: Any, made: decoder.Decoder, tokens: Tensor, count: int, warpers: Any) -> Iterator[int]:
+    ends = model.generation_config.eos_token_id
+    ends = set(ends) if isinstance(ends, list) else {ends}
+    logits, seen = made.prefill(tokens), tokens
+    for number in range(count):
+        if warpers is None:
+            token = int(logits.argmax())
+        else:
+            token = int(torch.multinomial(warpers(seen, logits[None]).softmax(-1), 1))
+            seen = torch.cat([seen, torch.tensor([[token]])], 1)
+        yield token
+        if token in ends or number + 1 == count:
+            return
+        logits = made.step(token)
+
+
+def _warpers(config: Any) -> Any:
+    """What transformers does to logits before it samples."""
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    found = LogitsProcessorList()
+    if config.temperature not in (None, 1.0):
+        found.append(TemperatureLogitsWarper(config.temperature))
+    # 50 is what transformers takes where nothing is said
+    if (top_k := 50 if config.top_k is None else config.top_k) > 0:
+        found.append(TopKLogitsWarper(top_k))
+    if config.top_p not in (None, 1.0):
+        found.append(TopPLogitsWarper(config.top_p))
+    return found

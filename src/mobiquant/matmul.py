@@ -61,6 +61,11 @@ def exact() -> Iterator[None]:
         _only_exact = before
 
 
+def is_exact() -> bool:
+    """Whether `exact` is in force."""
+    return _only_exact
+
+
 @lru_cache(maxsize=32)
 def _widths(slices: tuple[int, ...]) -> Int[Tensor, " E"]:
     return torch.tensor(s.bounds(slices), dtype=torch.int8)

@@ -32,15 +32,19 @@ struct Scratch {
 // Where the columns of a weight fall: vectors ("blocks") of a row, and for each 32 columns their group.
 template <class V>
 struct Shape {
-    int columns, blocks, bytes, groups;
-    int32_t *index, *first;  // [blocks * LANES] group of a lane less that of the first lane of its block; [blocks] that one
+    int columns = 0, group = 0, blocks = 0, bytes = 0, groups = 0;
+    // [blocks * LANES] group of a lane less that of the first lane of its block; [blocks] that one
+    int32_t *index = nullptr, *first = nullptr;
+    Scratch memory;
 
-    explicit Shape(const Weight& w)
-        : columns(w.columns), blocks((w.columns + 8 * V::BYTES - 1) / (8 * V::BYTES)), bytes((w.columns + 7) / 8),
-          groups((w.columns + w.group - 1) / w.group) {}
-    size_t size() const { return sizeof(int32_t) * blocks * (V::LANES + 1) + 64; }
-    void place(void* memory, int group) {
-        index = static_cast<int32_t*>(memory);
+    bool place(const Weight& w) {
+        columns = w.columns, group = w.group, bytes = (w.columns + 7) / 8, groups = (w.columns + w.group - 1) / w.group;
+        blocks = (w.columns + 8 * V::BYTES - 1) / (8 * V::BYTES);
+        index = static_cast<int32_t*>(memory.get(sizeof(int32_t) * blocks * (V::LANES + 1)));
+        if (index == nullptr) {
+            columns = 0;
+            return false;
+        }
         first = index + blocks * V::LANES;
         for (int block = 0; block < blocks; ++block) {
             first[block] = block * V::LANES * LANE / group;
@@ -50,6 +54,19 @@ struct Shape {
                 index[block * V::LANES + l] = column < columns ? column / group - first[block] : 0;
             }
         }
+        return true;
+    }
+
+    // The shape of a weight, of which a thread keeps the last few: a model has no more. Null where memory is out.
+    static const Shape* of(const Weight& w) {
+        constexpr int KEPT = 8;
+        static thread_local Shape kept[KEPT];
+        static thread_local int next = 0;
+        for (const Shape& one : kept) {
+            if (one.columns == w.columns && one.group == w.group) return &one;
+        }
+        next = (next + 1) % KEPT;
+        return kept[next].place(w) ? &kept[next] : nullptr;
     }
 };
 
@@ -79,11 +96,12 @@ struct Activations {
         const auto at = [&](int l) { return to + static_cast<size_t>(l / V::LANES) * 8 * V::BYTES + l % V::LANES * 4; };
         const int count = columns == own ? blocks * V::LANES : own / LANE;
         for (int l = 0; l < count; ++l) one(x, own, l, at(l), scale_of + l, sum_of + l);
-        for (int l = count; l < blocks * V::LANES; ++l) {
-            const int8_t* const from = at(l % count);
-            for (int i = 0; i < 8; ++i) std::memcpy(at(l) + i * V::BYTES, from + i * V::BYTES, 4);
-            scale_of[l] = scale_of[l % count];
-            sum_of[l] = sum_of[l % count];
+        for (int l = count, from = 0; l < blocks * V::LANES; ++l, from = from + 1 == count ? 0 : from + 1) {
+            const int8_t* const old = at(from);
+            int8_t* const made = at(l);
+            for (int i = 0; i < 8; ++i) std::memcpy(made + i * V::BYTES, old + i * V::BYTES, 4);
+            scale_of[l] = scale_of[from];
+            sum_of[l] = sum_of[from];
         }
     }
 

@@ -69,6 +69,9 @@ int depth_of(const Router& r, const Reading& reading, const float* x) {
     return depth < reading.cap ? depth : reading.cap;
 }
 
+// products of queries and keys that are done sooner by one thread than shared out
+constexpr int64_t ALONE = 30000;
+
 template <class V>
 class Step {
    public:
@@ -77,7 +80,7 @@ class Step {
 
     // Returns whether there was memory.
     bool run(int token, float* logits) {
-        static thread_local Scratch buffers, held, places;
+        static thread_local Scratch buffers, held;
         widest = m.width > m.inner ? m.width : m.inner;
         const int queries = m.heads * m.head_size, keys = m.key_heads * m.head_size;
         widest = widest > queries ? widest : queries;
@@ -87,8 +90,7 @@ class Step {
         widest = widest > MOST_REPEATED ? widest : MOST_REPEATED;
         const int blocks = (widest + 8 * V::BYTES - 1) / (8 * V::BYTES);
         quantised = held.get(Activations<V>::size(1, blocks) + 64);
-        shapes = places.get(sizeof(int32_t) * blocks * (V::LANES + 1) + 64);
-        if (next == nullptr || quantised == nullptr || shapes == nullptr) return false;
+        if (next == nullptr || quantised == nullptr) return false;
         const auto take = [&](int count) { float* const at = next; next += (count + 15) / 16 * 16; return at; };
         state = take(m.width), x = take(m.width), added = take(m.width), query = take(queries), mixed = take(queries);
         key = take(keys), value = take(keys), gate = take(m.inner), up = take(m.inner), chances = next;
@@ -97,7 +99,7 @@ class Step {
         rms_norm(state, m.final_norm, m.width, m.epsilon, x);
         Part head[1] = {{&m.head, logits, MAX_BITS, 0}};
         together(head, 1, x, [](int, int, int) {});
-        return true;
+        return !failed;
     }
 
    private:
@@ -106,7 +108,8 @@ class Step {
     const int here;
     double* const counted;
     int widest = 0;
-    void *quantised = nullptr, *shapes = nullptr;
+    void* quantised = nullptr;
+    bool failed = false;
     float *state = nullptr, *x = nullptr, *added = nullptr, *query = nullptr, *mixed = nullptr;
     float *key = nullptr, *value = nullptr, *gate = nullptr, *up = nullptr, *chances = nullptr;
 
@@ -140,8 +143,12 @@ class Step {
             if (period_of<V>(*parts[p].weight) != period) period = 1;
         }
         const Weight wide = repeated(first, period);
-        Shape<V> shape(wide);
-        shape.place(shapes, wide.group);
+        const Shape<V>* const found = Shape<V>::of(wide);
+        if (found == nullptr) {
+            failed = true;
+            return;
+        }
+        const Shape<V>& shape = *found;
         Activations<V> quant(quantised, 1, shape.blocks);
         quant.set(0, input, wide.columns, first.columns);
         const int step = rows_of_chunk(rows, 1) / period;
@@ -228,7 +235,11 @@ class Step {
             std::memcpy(keys + at, key + head * size, sizeof(float) * size);
             std::memcpy(values + at, value + head * size, sizeof(float) * size);
         }
-        parallel(m.heads, [&](int head) { attend(keys, values, head); });
+        if (static_cast<int64_t>(m.heads) * (here + 1) * size > ALONE) {
+            parallel(m.heads, [&](int head) { attend(keys, values, head); });
+        } else {
+            for (int head = 0; head < m.heads; ++head) attend(keys, values, head);
+        }
         Part output[1] = {{&b.linear[OUTPUT], added, 0, 0}};
         depths(b, OUTPUT, 1, mixed, output);
         together(output, 1, mixed, [](int, int, int) {});

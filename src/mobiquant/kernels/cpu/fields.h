@@ -63,19 +63,16 @@ struct Parts {
     static constexpr int width(int part) { return part + 1 < COUNT ? V::PART : W - V::PART * part; }
 };
 
-constexpr int AHEAD = 1024;
+constexpr int AHEAD = 2048;
 
-// The codes of one block of a row: `Parts::COUNT` times eight vectors. `there` are the bytes of each plane that may be read.
-template <class V, int W>
+// The codes of one block of a row: `Parts::COUNT` times eight vectors. Unless `INSIDE` promises that whole vectors may be read,
+// `there` says how many bytes of each plane may.
+template <class V, int W, bool INSIDE>
 inline void codes(const uint8_t* const* plane, int64_t at, int64_t there, typename V::Bytes (*out)[8]) {
     typename V::Bytes s[W];
     // rows follow one another in memory; the machine's own prefetching starts anew at every page
     for (int k = 0; k < W; ++k) __builtin_prefetch(plane[k] + at + AHEAD);
-    if (there >= V::BYTES) {
-        for (int k = 0; k < W; ++k) s[k] = V::whole(plane[W - 1 - k] + at);
-    } else {
-        for (int k = 0; k < W; ++k) s[k] = V::load(plane[W - 1 - k] + at, there);
-    }
+    for (int k = 0; k < W; ++k) s[k] = INSIDE ? V::whole(plane[W - 1 - k] + at) : V::load(plane[W - 1 - k] + at, there);
     fields<V, Parts<V, W>::width(0)>(s, out[0]);
     if constexpr (Parts<V, W>::COUNT > 1) fields<V, Parts<V, W>::width(1)>(s + V::PART, out[1]);
 }

@@ -60,9 +60,10 @@ struct Avx2 {
         const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
         return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
     }
+    template <bool INSIDE>
     static Floats halves(const uint16_t* from, int64_t there, const int32_t* index) {
         __m128i stored;
-        if (there >= 8) {
+        if (INSIDE || there >= 8) {
             stored = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
         } else {
             alignas(16) uint16_t part[8] = {};
@@ -71,9 +72,10 @@ struct Avx2 {
         }
         return _mm256_permutevar8x32_ps(_mm256_cvtph_ps(stored), whole(reinterpret_cast<const uint8_t*>(index)));
     }
+    template <bool INSIDE>
     static Floats bytes(const uint8_t* from, int64_t there, const int32_t* index) {
         uint64_t stored = 0;
-        std::memcpy(&stored, from, there >= 8 ? 8 : there);
+        std::memcpy(&stored, from, INSIDE || there >= 8 ? 8 : there);
         const __m256i wide = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(stored)));
         return _mm256_cvtepi32_ps(_mm256_permutevar8x32_epi32(wide, whole(reinterpret_cast<const uint8_t*>(index))));
     }

@@ -53,12 +53,14 @@ struct Avx512 {
     static Floats fused_less(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }
     static float sum(Floats a) { return _mm512_reduce_add_ps(a); }
     static __mmask16 first(int64_t there) { return there >= 16 ? 0xffff : static_cast<__mmask16>((1u << there) - 1); }
+    template <bool INSIDE>
     static Floats halves(const uint16_t* from, int64_t there, const int32_t* index) {
-        const __m256i stored = _mm256_maskz_loadu_epi16(first(there), from);
+        const __m256i stored = _mm256_maskz_loadu_epi16(INSIDE ? 0xffff : first(there), from);
         return _mm512_permutexvar_ps(whole(reinterpret_cast<const uint8_t*>(index)), _mm512_cvtph_ps(stored));
     }
+    template <bool INSIDE>
     static Floats bytes(const uint8_t* from, int64_t there, const int32_t* index) {
-        const __m512i wide = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first(there), from));
+        const __m512i wide = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(INSIDE ? 0xffff : first(there), from));
         return _mm512_cvtepi32_ps(_mm512_permutexvar_epi32(whole(reinterpret_cast<const uint8_t*>(index)), wide));
     }
     static float half(uint16_t bits) { return _cvtsh_ss(bits); }

@@ -73,14 +73,16 @@ struct Plain {
         return made;
     }
     // fp16 values, one for each lane, from `there` stored ones; `index` says which
+    template <bool INSIDE>
     static Floats halves(const uint16_t* from, int64_t there, const int32_t* index) {
         Floats made;
-        for (int l = 0; l < LANES; ++l) made[l] = half(index[l] < there ? from[index[l]] : uint16_t{0});
+        for (int l = 0; l < LANES; ++l) made[l] = half(INSIDE || index[l] < there ? from[index[l]] : uint16_t{0});
         return made;
     }
+    template <bool INSIDE>
     static Floats bytes(const uint8_t* from, int64_t there, const int32_t* index) {
         Floats made;
-        for (int l = 0; l < LANES; ++l) made[l] = index[l] < there ? from[index[l]] : 0;
+        for (int l = 0; l < LANES; ++l) made[l] = INSIDE || index[l] < there ? from[index[l]] : 0;
         return made;
     }
     static float half(uint16_t bits) {

@@ -2,7 +2,7 @@
 //
 // With `s` the scale and `z` the shift of a group, `c` the codes of a row and a token x = a q (int8, a for each 32 columns),
 //
-//     y = sum over lanes of  s (cell a sum(c q) - z a sum(q)),     cell = 2^(base - bits),  z = zero 2^(base - 8) + (1 - cell) / 2
+//     y = cell * sum over lanes of  s (a sum(c q) - z a sum(q)),     cell = 2^(base - bits),  z = zero 2^(bits - 8) + (1 / cell - 1) / 2
 //
 // Sums inside a lane are whole numbers and exact; lanes are added in fp32, in an order that depends on nothing but the shape.
 #pragma once
@@ -15,30 +15,38 @@ namespace {
 
 struct Cell {
     float cell, step, middle;
-    Cell(int base, int bits) : cell(std::ldexp(1.0f, base - bits)), step(std::ldexp(1.0f, base - 8)), middle(0.5f - cell / 2) {}
+    // shift and zero point in cells: what is left is one factor of the whole row
+    Cell(int base, int bits)
+        : cell(std::ldexp(1.0f, base - bits)), step(std::ldexp(1.0f, bits - 8)), middle(std::ldexp(0.5f, bits - base) - 0.5f) {}
 };
 
-// Scale and shift of the lanes of one block of a row.
-template <class V>
-inline void scales(const Weight& w, const Shape<V>& shape, int64_t row, int block, const Cell& c, typename V::Floats& scale,
-                   typename V::Floats& shift) {
-    const int64_t at = row * shape.groups + shape.first[block], there = static_cast<int64_t>(w.rows) * shape.groups - at;
-    const int32_t* const index = shape.index + block * V::LANES;
-    scale = V::halves(w.scale + at, there, index);
-    shift = V::fused(V::bytes(w.zero + at, there, index), V::all(c.step), V::all(c.middle));
+// Scale and shift of the lanes of one block, whose first group is number `at` of the weight.
+template <class V, bool INSIDE>
+inline void scales(const Weight& w, const int32_t* index, int64_t at, int64_t there, typename V::Floats step,
+                   typename V::Floats middle, typename V::Floats& scale, typename V::Floats& shift) {
+    scale = V::template halves<INSIDE>(w.scale + at, there, index);
+    shift = V::fused(V::template bytes<INSIDE>(w.zero + at, there, index), step, middle);
 }
 
-// One row for one token, codes from planes to sums without leaving the registers. Where `apart` is not null the values of all
-// lanes are left there instead of being summed.
-template <class V, int W>
-float row_product(const Weight& w, const Shape<V>& shape, int64_t row, const int8_t* q, const float* a, const float* b,
-                  const Cell& c, float* apart) {
+// One row for one token, codes from planes to sums without leaving the registers: the sum of all lanes, or with `APART` the
+// value of each, in cells.
+template <class V, int W, bool INSIDE, bool APART>
+inline float row_product(const Weight& w, const Shape<V>& shape, int64_t row, const int8_t* __restrict q,
+                         const float* __restrict a, const float* __restrict b, const Cell& c, float* __restrict apart) {
     using P = Parts<V, W>;
+    const uint8_t* plane[W];
+    for (int k = 0; k < W; ++k) plane[k] = w.plane[k];
+    const int blocks = shape.blocks;
+    const int64_t bytes = row * shape.bytes, groups = row * shape.groups;
+    const int64_t bytes_left = static_cast<int64_t>(w.rows) * shape.bytes - bytes;
+    const int64_t groups_left = static_cast<int64_t>(w.rows) * shape.groups - groups;
+    const int32_t *index = shape.index, *const first = shape.first;
+    const typename V::Floats step = V::all(c.step), middle = V::all(c.middle);
     typename V::Floats total = V::none();
-    for (int block = 0; block < shape.blocks; ++block, q += 8 * V::BYTES, a += V::LANES, b += V::LANES) {
-        const int64_t at = row * shape.bytes + static_cast<int64_t>(block) * V::BYTES;
+    for (int block = 0; block < blocks; ++block) {
+        const int64_t along = static_cast<int64_t>(block) * V::BYTES;
         typename V::Bytes code[P::COUNT][8];
-        codes<V, W>(w.plane, at, static_cast<int64_t>(w.rows) * shape.bytes - at, code);
+        codes<V, W, INSIDE>(plane, bytes + along, bytes_left - along, code);
         // two sums, or each addition would wait for the one before
         typename V::Sum sums[P::COUNT][2];
         for (int part = 0; part < P::COUNT; ++part) {
@@ -46,16 +54,27 @@ float row_product(const Weight& w, const Shape<V>& shape, int64_t row, const int
         }
         typename V::Floats dot = V::Sum::lanes(sums[0][0], sums[0][1]), scale, shift;
         if constexpr (P::COUNT > 1) dot = V::fused(V::Sum::lanes(sums[1][0], sums[1][1]), V::all(1 << V::PART), dot);
-        scales<V>(w, shape, row, block, c, scale, shift);
-        dot = V::multiply(V::multiply(dot, V::all(c.cell)), V::load_floats(a));
-        dot = V::fused_less(shift, V::load_floats(b), dot);
-        if (apart != nullptr) {
+        __builtin_prefetch(w.scale + groups + first[block] + AHEAD / 8);
+        __builtin_prefetch(w.zero + groups + first[block] + AHEAD / 8);
+        scales<V, INSIDE>(w, index, groups + first[block], groups_left - first[block], step, middle, scale, shift);
+        dot = V::fused_less(shift, V::load_floats(b), V::multiply(dot, V::load_floats(a)));
+        if constexpr (APART) {
             V::store_floats(apart + block * V::LANES, V::multiply(scale, dot));
         } else {
             total = V::fused(scale, dot, total);
         }
+        q += 8 * V::BYTES, a += V::LANES, b += V::LANES, index += V::LANES;
     }
-    return V::sum(total);
+    return APART ? 0.0f : V::sum(total);
+}
+
+// Rows of which whole vectors can be read, of planes, scales and zero points: all but the last few.
+template <class V>
+int rows_inside(const Weight& w, const Shape<V>& shape) {
+    const int64_t bytes = static_cast<int64_t>(w.rows) * shape.bytes - static_cast<int64_t>(shape.blocks) * V::BYTES;
+    const int64_t groups = static_cast<int64_t>(w.rows) * shape.groups - shape.first[shape.blocks - 1] - V::LANES;
+    const int64_t by_bytes = bytes < 0 ? 0 : bytes / shape.bytes + 1, by_groups = groups < 0 ? 0 : groups / shape.groups + 1;
+    return static_cast<int>(by_bytes < by_groups ? by_bytes : by_groups);
 }
 
 template <class V>
@@ -87,41 +106,48 @@ inline Weight repeated(Weight w, int period) {
     return w;
 }
 
-template <class V, int W>
-void rows_product(const Weight& w, const Shape<V>& shape, int period, int from, int to, const int8_t* q, const float* a,
-                  const float* b, float* y) {
+template <class V, int W, bool INSIDE>
+void rows_product(const Weight& w, const Shape<V>& shape, int period, int from, int to, const Activations<V>& x, float* y) {
     const Cell c(w.base, W);
+    const int8_t* const q = x.codes(0);
+    const float *const a = x.scales(0), *const b = x.sums(0);
     if (period == 1) {
         for (int row = from; row < to; ++row) {
-            y[row] = row_product<V, W>(w, shape, row, q, a, b, c, nullptr) + (w.bias == nullptr ? 0.0f : w.bias[row]);
+            const float found = c.cell * row_product<V, W, INSIDE, false>(w, shape, row, q, a, b, c, nullptr);
+            y[row] = found + (w.bias == nullptr ? 0.0f : w.bias[row]);
         }
         return;
     }
     alignas(64) float lanes[MOST_REPEATED / LANE + V::LANES];
     const int each = shape.columns / period / LANE;
     for (int many = from; many < to; ++many) {
-        row_product<V, W>(w, shape, many, q, a, b, c, lanes);
+        row_product<V, W, INSIDE, true>(w, shape, many, q, a, b, c, lanes);
         for (int k = 0; k < period; ++k) {
             const int row = many * period + k;
-            y[row] = sum_of<V>(lanes + k * each, each) + (w.bias == nullptr ? 0.0f : w.bias[row]);
+            y[row] = c.cell * sum_of<V>(lanes + k * each, each) + (w.bias == nullptr ? 0.0f : w.bias[row]);
         }
     }
+}
+
+template <class V, int W>
+void rows_at(const Weight& w, const Shape<V>& shape, int period, int from, int to, const Activations<V>& x, float* y) {
+    const int inside = rows_inside(w, shape), middle = inside < from ? from : inside > to ? to : inside;
+    rows_product<V, W, true>(w, shape, period, from, middle, x, y);
+    rows_product<V, W, false>(w, shape, period, middle, to, x, y);
 }
 
 // Rows for one token at `bits`; where `period` is more than 1, `w` and `x` are repeated, and rows are counted in periods.
 template <class V>
 void one_token(int bits, const Weight& w, const Shape<V>& shape, int period, int from, int to, const Activations<V>& x, float* y) {
-    const int8_t* const q = x.codes(0);
-    const float *const a = x.scales(0), *const b = x.sums(0);
     switch (bits) {
-        case 1: return rows_product<V, 1>(w, shape, period, from, to, q, a, b, y);
-        case 2: return rows_product<V, 2>(w, shape, period, from, to, q, a, b, y);
-        case 3: return rows_product<V, 3>(w, shape, period, from, to, q, a, b, y);
-        case 4: return rows_product<V, 4>(w, shape, period, from, to, q, a, b, y);
-        case 5: return rows_product<V, 5>(w, shape, period, from, to, q, a, b, y);
-        case 6: return rows_product<V, 6>(w, shape, period, from, to, q, a, b, y);
-        case 7: return rows_product<V, 7>(w, shape, period, from, to, q, a, b, y);
-        default: return rows_product<V, 8>(w, shape, period, from, to, q, a, b, y);
+        case 1: return rows_at<V, 1>(w, shape, period, from, to, x, y);
+        case 2: return rows_at<V, 2>(w, shape, period, from, to, x, y);
+        case 3: return rows_at<V, 3>(w, shape, period, from, to, x, y);
+        case 4: return rows_at<V, 4>(w, shape, period, from, to, x, y);
+        case 5: return rows_at<V, 5>(w, shape, period, from, to, x, y);
+        case 6: return rows_at<V, 6>(w, shape, period, from, to, x, y);
+        case 7: return rows_at<V, 7>(w, shape, period, from, to, x, y);
+        default: return rows_at<V, 8>(w, shape, period, from, to, x, y);
     }
 }
 
@@ -149,13 +175,16 @@ struct Panel {
             for (int block = 0; block < shape.blocks; ++block) {
                 const int64_t at = (row + r) * shape.bytes + static_cast<int64_t>(block) * V::BYTES;
                 typename V::Bytes made[P::COUNT][8];
-                codes<V, W>(w.plane, at, static_cast<int64_t>(w.rows) * shape.bytes - at, made);
+                codes<V, W, false>(w.plane, at, static_cast<int64_t>(w.rows) * shape.bytes - at, made);
                 uint8_t* const to = code + (static_cast<size_t>(r) * shape.blocks + block) * P::COUNT * 8 * V::BYTES;
                 for (int i = 0; i < 8 * P::COUNT; ++i) V::store(to + i * V::BYTES, made[i / 8][i % 8]);
                 typename V::Floats s, z;
-                scales<V>(w, shape, row + r, block, c, s, z);
+                const int64_t group = (row + r) * shape.groups + shape.first[block];
+                scales<V, false>(w, shape.index + block * V::LANES, group, static_cast<int64_t>(w.rows) * shape.groups - group,
+                                 V::all(c.step), V::all(c.middle), s, z);
+                s = V::multiply(s, V::all(c.cell));
                 const size_t lane = (static_cast<size_t>(r) * shape.blocks + block) * V::LANES;
-                V::store_floats(scale + lane, V::multiply(s, V::all(c.cell)));
+                V::store_floats(scale + lane, s);
                 V::store_floats(shift + lane, V::multiply(s, z));
             }
         }
@@ -249,13 +278,14 @@ inline int rows_of_chunk(int rows, int tokens) {
 // One token: `x` [columns] at `bits`.
 template <class V>
 int single(const Weight& given, const float* x, int bits, float* y) {
-    static thread_local Scratch shapes, quantised;
+    static thread_local Scratch quantised;
     const int period = period_of<V>(given);
     const Weight w = repeated(given, period);
-    Shape<V> shape(w);
-    void *const places = shapes.get(shape.size()), *const held = quantised.get(Activations<V>::size(1, shape.blocks) + 64);
-    if (places == nullptr || held == nullptr) return 0;
-    shape.place(places, w.group);
+    const Shape<V>* const found = Shape<V>::of(w);
+    if (found == nullptr) return 0;
+    const Shape<V>& shape = *found;
+    void* const held = quantised.get(Activations<V>::size(1, shape.blocks) + 64);
+    if (held == nullptr) return 0;
     Activations<V> quant(held, 1, shape.blocks);
     quant.set(0, x, w.columns, given.columns);
     const int step = rows_of_chunk(given.rows, 1) / period, chunks = (w.rows + step - 1) / step;
@@ -269,13 +299,13 @@ int single(const Weight& given, const float* x, int bits, float* y) {
 template <class V>
 int product(const Weight& w, const float* x, int tokens, const int8_t* bits, float* y) {
     if (tokens == 1) return single<V>(w, x, bits[0], y);
-    static thread_local Scratch shapes, quantised, orders;
-    Shape<V> shape(w);
-    void* const places = shapes.get(shape.size());
+    static thread_local Scratch quantised, orders;
+    const Shape<V>* const found = Shape<V>::of(w);
+    if (found == nullptr) return 0;
+    const Shape<V>& shape = *found;
     void* const held = quantised.get(Activations<V>::size(tokens, shape.blocks) + 64);
     int32_t* const order = static_cast<int32_t*>(orders.get(sizeof(int32_t) * (static_cast<size_t>(tokens) + MAX_BITS + 2)));
-    if (places == nullptr || held == nullptr || order == nullptr) return 0;
-    shape.place(places, w.group);
+    if (held == nullptr || order == nullptr) return 0;
     Activations<V> quant(held, tokens, shape.blocks);
     parallel((tokens + 15) / 16, [&](int chunk) {
         for (int t = 16 * chunk; t < tokens && t < 16 * chunk + 16; ++t) {

@@ -7,20 +7,18 @@ token asks, and sums are whole numbers within a lane of 32 columns and fp32 acro
 import ctypes
 import warnings
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from mobiquant.kernels.cpu import library
 
-SCHEMA = (
-    "(Tensor x, Tensor[] planes, Tensor scale, Tensor zero, Tensor bits, int base, int group_size, int columns) -> Tensor"
-)
+SCHEMA = "(Tensor x, Tensor[] planes, Tensor scale, Tensor zero, Tensor bits, int base, int group_size, int columns) -> Tensor"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _warn(reason: str) -> None:
     warnings.warn(f"mobiquant: {reason}; layers take the slow path in torch", stacklevel=4)
 
