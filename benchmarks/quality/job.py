@@ -23,8 +23,8 @@ from torch import Tensor
 
 import mobiquant
 from mobiquant import budget, data, evaluate, integration, tasks
-from mobiquant.cli import quiet
 from mobiquant.config import InputError
+from mobiquant.console import quiet
 
 PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "auto-round", "hqq", "lm-eval")
 

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 from typer.core import TyperGroup
 
+from mobiquant.console import err, numbers, out, quiet, show, show_rows, widths
 from mobiquant.progress import bars
 
 
@@ -30,7 +29,6 @@ class Verbs(TyperGroup):
 
 
 app = typer.Typer(cls=Verbs, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
-out, err = Console(), Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1.")]
@@ -64,58 +62,6 @@ def main() -> None:
 
 def _say(message: str) -> None:
     err.print(f"mobiquant: {message}", markup=False, highlight=False, soft_wrap=True)
-
-
-def quiet() -> None:
-    """Silence the bars and notices of transformers: progress is ours."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-
-
-def numbers(text: str) -> list[float]:
-    """'2,2.5,8' -> [2, 2.5, 8]; raises InputError on anything else."""
-    from mobiquant.config import InputError
-
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(f"'{text}' is no list of bits: give numbers with commas, such as 2,2.5,3,4,8") from None
-
-
-def widths(text: str) -> tuple[int, ...]:
-    """'2,1,1' -> (2, 1, 1); raises InputError on anything else."""
-    from mobiquant.config import InputError
-
-    try:
-        return tuple(int(width) for width in text.split(","))
-    except ValueError:
-        raise InputError(f"slices '{text}' are no list of widths: give whole numbers with commas, such as 2,1,1,2,2") from None
-
-
-def show(values: dict[str, Any], as_json: bool) -> None:
-    """A dictionary as JSON or as lines."""
-    if as_json:
-        print(json.dumps(values))
-        return
-    for name, value in values.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{key}: {entry}" for key, entry in value.items()) or "none"
-        out.print(f"{name:<24} {value}", markup=False, highlight=False, soft_wrap=True)
-
-
-def show_rows(rows: list[dict[str, Any]], as_json: bool, **more: Any) -> None:
-    """Report rows as a table, or as one JSON object."""
-    if as_json:
-        print(json.dumps({"rows": rows, **more}))
-        return
-    table = Table()
-    for name in rows[0]:
-        table.add_column(name.replace("_", " "), justify="left" if name == "name" else "right")
-    for row in rows:
-        table.add_row(*["-" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()])
-    out.print(table)
 
 
 @app.command()
@@ -352,6 +298,31 @@ def generate(
     else:
         print()
         err.print(f"read {read:.3f} bits a token on average", highlight=False)
+
+
+@app.command()
+def bench(
+    folder: Annotated[str, typer.Argument(help="A mobiquant folder.")],
+    bits: Annotated[str, typer.Option(help="Average bits to read, with commas.")] = "2,3,4,8",
+    fixed: Annotated[bool, typer.Option(help="Every token reads exactly that width; no router.")] = False,
+    reference: Annotated[str | None, typer.Option(help="Float model: adds rows of transformers in fp32 and bf16.")] = None,
+    peer: Annotated[str | None, typer.Option(help="llama.cpp: adds its formats, made from the --reference .gguf file.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option(help="Tokens made one after another.")] = 64,
+    threads: Annotated[int | None, typer.Option(help="Threads of every contender [the cores of this machine].")] = None,
+    repetitions: Annotated[int, typer.Option(help="Measurements of each; contenders take turns.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Measure speed and memory on this machine's CPU.
+
+    Example: mobiquant bench smollm2-mobi --bits 2,4,8 --reference smollm2-135m --peer llama.cpp
+    """
+    from mobiquant import bench as b
+
+    show_rows(
+        b.run(folder, numbers(bits), fixed, reference, peer, b.Sizes.of(prompt_tokens, new_tokens, threads), repetitions, err),
+        as_json,
+    )
 
 
 @app.command()

@@ -85,7 +85,7 @@ def natively(model: Any, tokens: Tensor, count: int, sample: bool) -> Iterator[i
     """At most `count` tokens after `tokens` [1, L] by native decoding, greedy or sampled; None where this model has none."""
     length = tokens.shape[1] + count
     config = model.generation_config
-    others = {name for name, value in config.to_diff_dict().items() if value is not None and name not in PLAIN}
+    others = {name for name, value in config.to_diff_dict().items() if value and name not in PLAIN}
     if others or tokens.shape[0] != 1 or decoder.reason(model, length) is not None:
         return None
     return _steps(model, decoder.of(model, length), tokens, count, _warpers(config) if sample else None)

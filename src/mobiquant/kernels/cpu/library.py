@@ -97,6 +97,12 @@ def load() -> ctypes.CDLL | None:
     return found
 
 
+@torch.compiler.assume_constant_result
+def available() -> bool:
+    """Whether there is a library; `torch.compile` does not look into this."""
+    return load() is not None
+
+
 def instructions() -> list[str]:
     """Instruction sets that work on this machine, the best one last; empty without the library."""
     found, names = load(), []

@@ -30,7 +30,7 @@ def usable(x: Tensor, group_size: int, columns: int) -> bool:
     """
     if x.device.type != "cpu" or x.dtype not in DTYPES or (x.requires_grad and torch.is_grad_enabled()):
         return False
-    if library.load() is None:
+    if not library.available():
         _warn("the CPU kernels are not built, install a C++ compiler and mobiquant again")
         return False
     if group_size % library.LANE and group_size < columns:
