@@ -3,13 +3,18 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test native lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mobiquant demo --output demo-out --overwrite
 
 test: $(VENV)/.tested
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not slow"
+
+# the C++ kernels under AddressSanitizer and UBSan, without Python
+native: $(VENV)/.tested
+	$(BIN)/python setup.py -q sanitize --to build/native
+	build/native/check
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .
@@ -24,7 +29,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 $(VENV)/.tested: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -e ".[dev]" "setuptools>=77"
 	touch $@
 
 clean:

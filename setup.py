@@ -4,9 +4,13 @@ The library is plain C behind ctypes, so one build serves every Python and every
 and the package works by torch operators.
 """
 
+import os
 import platform
+import subprocess
+from pathlib import Path
+from typing import ClassVar
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
 
 HOME = "src/mobiquant/kernels/cpu"
@@ -45,10 +49,36 @@ class Build(build_ext):
         return []
 
 
+class Sanitized(Command):
+    """Builds `tests/native/check.cpp` and the kernels with AddressSanitizer and UBSan: `setup.py sanitize --to FOLDER`."""
+
+    user_options: ClassVar = [("to=", None, "folder for the program")]
+
+    def initialize_options(self) -> None:
+        self.to = "build/native"
+
+    def finalize_options(self) -> None:
+        """Nothing depends on other options."""
+
+    def run(self) -> None:
+        compiler = os.environ.get("CXX", "g++")
+        checks = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+        Path(self.to).mkdir(parents=True, exist_ok=True)
+        objects, running = [], []
+        for source in [*(f"{HOME}/{name}" for name in FILES), "tests/native/check.cpp"]:
+            name = Path(source).name
+            objects.append(f"{self.to}/{name}.o")
+            command = [compiler, *FLAGS, *checks, *SETS.get(name, []), "-c", source, "-o", objects[-1]]
+            running.append(subprocess.Popen(command))
+        if any(process.wait() for process in running):
+            raise SystemExit("the C++ kernels could not be compiled")
+        subprocess.run([compiler, *checks, *objects, "-o", f"{self.to}/check", "-pthread"], check=True)
+
+
 FILES = ["library.cpp", "pool.cpp", "plain.cpp", *(SETS if X86 else [])]
 HEADERS = ["types", "pool", "fields", "activations", "product", "decoder", "lanes_plain", "lanes_avx2", "lanes_avx512"]
 setup(
-    cmdclass={"build_ext": Build},
+    cmdclass={"build_ext": Build, "sanitize": Sanitized},
     ext_modules=[
         Extension(
             "mobiquant.kernels.cpu._cpu",

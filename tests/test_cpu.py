@@ -4,13 +4,12 @@ import threading
 
 import pytest
 import torch
-from helpers import SLICES, interpreted, layer, normal, packed, snr_db, weights
+from helpers import SLICES, interpreted, normal, packed, snr_db, weights
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mobiquant import matmul, pack
 from mobiquant import slices as s
-from mobiquant.config import Format
 from mobiquant.kernels.cpu import library, product
 from mobiquant.matmul import Packed, reference
 

@@ -154,6 +154,9 @@ def evaluate(
     tasks: Annotated[str | None, typer.Option(help="Accuracy on lm-eval tasks, with commas, instead of perplexity.")] = None,
     task_folder: Annotated[Path | None, typer.Option(help="Folder of yaml files that define the tasks.")] = None,
     limit: Annotated[int | None, typer.Option(help="Run no more than the first N items of each task.")] = None,
+    exact: Annotated[
+        bool, typer.Option(help="By torch operators alone: without the int8 activations of the CPU kernels.")
+    ] = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -162,10 +165,11 @@ def evaluate(
     Example: mobiquant eval smollm2-mobi --bits 2,2.5,3,4,8 --text builtin --reference smollm2-135m --max-windows 4
     """
     budgets = numbers(bits)
+    from contextlib import nullcontext
     from dataclasses import asdict
 
     import mobiquant
-    from mobiquant import calibrate, data, integration
+    from mobiquant import calibrate, data, integration, matmul
     from mobiquant.config import InputError
     from mobiquant.evaluate import evaluate as measure
 
@@ -183,13 +187,15 @@ def evaluate(
     else:
         loaded = integration.load_float(model, dtype).to(target)  # type: ignore[arg-type]
     tokenizer = integration.load_tokenizer(model)
+    how = matmul.exact() if exact else nullcontext()
     if tasks is not None:
         names = [name.strip() for name in tasks.split(",")]
-        _tasks(loaded, tokenizer, names, budgets if quantised else [], fixed, task_folder, limit, as_json)
+        with how:
+            _tasks(loaded, tokenizer, names, budgets if quantised else [], fixed, task_folder, limit, as_json)
         return
     float_model = integration.load_float(reference, dtype).to(target) if reference else None  # type: ignore[arg-type]
     windows = data.windows(data.load_text(text, "measure"), tokenizer, sequence_length, text)[:max_windows]
-    with bars(err, lines=True) as report:
+    with how, bars(err, lines=True) as report:
         rows = measure(loaded, windows, budgets if quantised else [], fixed=fixed, reference=float_model, progress=report)
     show_rows([asdict(row) for row in rows], as_json, windows=windows.shape[0], sequence_length=sequence_length)
 

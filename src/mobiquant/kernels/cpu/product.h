@@ -171,15 +171,17 @@ struct Panel {
     void fill(const Weight& w, const Shape<V>& shape, int64_t row, int count) {
         using P = Parts<V, W>;
         const Cell c(w.base, W);
-        for (int r = 0; r < count; ++r) {
+        for (int r = 0; r < ROWS; ++r) {
+            // past the last row the one before is repeated, and what comes of it is not stored
+            const int64_t from = row + (r < count ? r : count - 1);
             for (int block = 0; block < shape.blocks; ++block) {
-                const int64_t at = (row + r) * shape.bytes + static_cast<int64_t>(block) * V::BYTES;
+                const int64_t at = from * shape.bytes + static_cast<int64_t>(block) * V::BYTES;
                 typename V::Bytes made[P::COUNT][8];
                 codes<V, W, false>(w.plane, at, static_cast<int64_t>(w.rows) * shape.bytes - at, made);
                 uint8_t* const to = code + (static_cast<size_t>(r) * shape.blocks + block) * P::COUNT * 8 * V::BYTES;
                 for (int i = 0; i < 8 * P::COUNT; ++i) V::store(to + i * V::BYTES, made[i / 8][i % 8]);
                 typename V::Floats s, z;
-                const int64_t group = (row + r) * shape.groups + shape.first[block];
+                const int64_t group = from * shape.groups + shape.first[block];
                 scales<V, false>(w, shape.index + block * V::LANES, group, static_cast<int64_t>(w.rows) * shape.groups - group,
                                  V::all(c.step), V::all(c.middle), s, z);
                 s = V::multiply(s, V::all(c.cell));
@@ -240,7 +242,6 @@ struct Panel {
             fill<W>(w, shape, row, rows);
             for (int t = 0; t < count; t += 2) {
                 float out[2][ROWS];
-                // what is left of the last rows is computed from what the panel held before, and not stored
                 if (t + 1 < count) {
                     multiply<W, ROWS, 2>(x, token + t, shape.blocks, out);
                 } else {
