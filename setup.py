@@ -76,7 +76,7 @@ class Sanitized(Command):
 
 
 FILES = ["library.cpp", "pool.cpp", "plain.cpp", *(SETS if X86 else [])]
-HEADERS = ["types", "pool", "fields", "activations", "product", "decoder", "lanes_plain", "lanes_avx2", "lanes_avx512"]
+HEADERS = ["types", "pool", "fields", "activations", "product", "read", "decoder", "lanes_plain", "lanes_avx2", "lanes_avx512"]
 setup(
     cmdclass={"build_ext": Build, "sanitize": Sanitized},
     ext_modules=[

@@ -84,6 +84,28 @@ def test_weights_of_every_kind(instructions, kind):
     assert noise_db(x, weight, depth, matmul.matmul(x, weight, depth)) > LEAST_DB
 
 
+@pytest.mark.parametrize("shape", [(30, 576, 64), (9, 1000, 96), (5, 40, 4096)])
+def test_a_weight_is_written_out_as_it_is_read(instructions, shape):
+    for slices in SLICES:
+        weight = packed(slices, *shape, seed=1)
+        group = min(shape[2], -(-shape[1] // 32) * 32)
+        held = library.weight_of(list(weight.planes), weight.scale, weight.zero, None, slices[0], group, shape[1])
+        for d, bits in enumerate(s.bounds(slices)):
+            assert torch.equal(product.read(held, bits, torch.float32), weight.read(d + 1))
+            assert torch.equal(product.read(held, bits, torch.bfloat16), weight.read(d + 1).bfloat16())
+
+
+def test_many_tokens_with_matrix_units_are_exact_in_their_dtype(monkeypatch):
+    monkeypatch.setattr(product, "matrix_units", lambda: True)
+    weight, x = packed(rows=30, columns=200, group=64), normal(2 * product.MANY + 9, 200).bfloat16()
+    depth = torch.ones(x.shape[0], dtype=torch.int64)
+    depth[product.MANY :] = 4
+    depth[-9:] = 2
+    assert noise_db(x, weight, depth, matmul.matmul(x, weight, depth)) > LEAST_DB
+    y, wanted = matmul.matmul(x, weight, 3), matmul.dense(x, weight, 3)
+    assert torch.equal(y, wanted)
+
+
 @pytest.mark.parametrize("tokens", [1, 50])
 def test_the_number_of_threads_changes_no_bit(instructions, tokens):
     weight, x = packed(rows=700, columns=576, group=64), normal(tokens, 576)

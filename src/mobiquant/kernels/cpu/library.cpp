@@ -71,6 +71,12 @@ EXPORTED int mobiquant_product(const Weight* weight, const float* x, int tokens,
     return tokens == 0 || chosen->product(*weight, x, tokens, reinterpret_cast<const int8_t*>(bits), y);
 }
 
+EXPORTED void mobiquant_read(const Weight* weight, int bits, int narrow, void* out, int thread_count) {
+    find();
+    set_threads(thread_count);
+    chosen->read(*weight, bits, narrow, out);
+}
+
 EXPORTED int mobiquant_decode(const Decoder* model, const Reading* reading, int token, int position, float* logits,
                               double* counts, int thread_count) {
     find();

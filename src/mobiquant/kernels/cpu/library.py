@@ -90,6 +90,7 @@ def load() -> ctypes.CDLL | None:
         raise RuntimeError(f"'{files[0].name}' was built from other sources than these: pip install mobiquant again")
     found.mobiquant_instructions.restype = ctypes.c_char_p
     found.mobiquant_product.argtypes = (pointer, pointer, integer, pointer, pointer, integer)
+    found.mobiquant_read.argtypes = (pointer, integer, integer, pointer, integer)
     found.mobiquant_decode.argtypes = (pointer, pointer, integer, integer, pointer, pointer, integer)
     wanted = os.environ.get(INSTRUCTIONS)
     if wanted:

@@ -3,9 +3,10 @@
 #include "lanes_plain.h"
 //
 #include "decoder.h"
+#include "read.h"
 
 namespace mobiquant {
 
-const Table PLAIN = {"plain", product<Plain>, decode<Plain>};
+const Table PLAIN = {"plain", product<Plain>, read<Plain>, decode<Plain>};
 
 }  // namespace mobiquant

@@ -1,7 +1,10 @@
 """The mixed-depth product on a CPU as the torch operator `mobiquant::product`, with a fake implementation for `torch.compile`.
 
-Activations are quantised to int8 with a scale for each token and 32 columns; the weight is read bit by bit, as deep as each
-token asks, and sums are whole numbers within a lane of 32 columns and fp32 across lanes. That is some 45 dB from fp32.
+Few tokens: activations are quantised to int8 with a scale for each token and 32 columns; the weight is read bit by bit, as deep
+as each token asks, and sums are whole numbers within a lane of 32 columns and fp32 across lanes. That is some 45 dB from fp32.
+
+Many bf16 tokens of a depth, on a machine with matrix units (AMX): the weight is written out once at that depth and torch
+multiplies. From `MANY` tokens on that is the faster way; in fp32 it never was (`docs/cpu.md`).
 """
 
 import ctypes
@@ -16,6 +19,7 @@ from mobiquant.kernels.cpu import library
 
 SCHEMA = "(Tensor x, Tensor[] planes, Tensor scale, Tensor zero, Tensor bits, int base, int group_size, int columns) -> Tensor"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MANY = 192
 
 
 @cache
@@ -39,23 +43,51 @@ def usable(x: Tensor, group_size: int, columns: int) -> bool:
     return True
 
 
+@cache
+def matrix_units() -> bool:
+    """Whether torch multiplies bf16 matrices with AMX here."""
+    return torch.cpu._is_amx_tile_supported()
+
+
 @torch.library.custom_op("mobiquant::product", mutates_args=(), schema=SCHEMA)
 def product(x, planes, scale, zero, bits, base, group_size, columns):  # type: ignore[no-untyped-def]
     """`x` [T, K] by a stored weight [N, K] -> [T, N] in the dtype of `x`, token t reading `bits[t]` (int8) bits."""
-    library_, tokens = library.load(), x.shape[0]
-    assert library_ is not None
-    y = torch.empty(tokens, scale.shape[0])
-    floats, held = x.detach().float().contiguous(), bits.contiguous()
     parts = [plane.contiguous() for plane in planes]
+    scale, zero = scale.contiguous(), zero.contiguous()
     # a group that is longer than a row is one that ends with it
     group = group_size if group_size < columns else -(-columns // library.LANE) * library.LANE
-    weight = library.weight_of(parts, scale.contiguous(), zero.contiguous(), None, base, group, columns)
-    done = library_.mobiquant_product(
+    weight = library.weight_of(parts, scale, zero, None, base, group, columns)
+    if x.shape[0] < MANY or x.dtype != torch.bfloat16 or not matrix_units():
+        return _few(x, weight, bits)
+    y, (widths, counts) = x.new_empty(x.shape[0], weight.rows), bits.unique(return_counts=True)
+    for width, count in zip(widths.tolist(), counts.tolist(), strict=True):
+        if count == x.shape[0]:
+            return x.detach() @ read(weight, width, x.dtype).T
+        tokens = (bits == width).nonzero()[:, 0]
+        some = x.detach()[tokens]
+        y[tokens] = _few(some, weight, bits[tokens]) if count < MANY else some @ read(weight, width, x.dtype).T
+    return y
+
+
+def _few(x: Tensor, weight: library.Weight, bits: Tensor) -> Tensor:
+    found, tokens = library.load(), x.shape[0]
+    assert found is not None
+    y, floats, held = torch.empty(tokens, weight.rows), x.detach().float().contiguous(), bits.contiguous()
+    done = found.mobiquant_product(
         ctypes.byref(weight), floats.data_ptr(), tokens, held.data_ptr(), y.data_ptr(), library.threads()
     )
     if not done:
-        raise MemoryError(f"no memory for {tokens} tokens of {columns} columns")
+        raise MemoryError(f"no memory for {tokens} tokens of {weight.columns} columns")
     return y.to(x.dtype)
+
+
+def read(weight: library.Weight, bits: int, dtype: torch.dtype) -> Tensor:
+    """The weight [N, K] at `bits` in fp32 or bf16."""
+    found = library.load()
+    assert found is not None
+    out = torch.empty(weight.rows, weight.columns, dtype=dtype)
+    found.mobiquant_read(ctypes.byref(weight), bits, int(dtype == torch.bfloat16), out.data_ptr(), library.threads())
+    return out
 
 
 @product.register_fake

@@ -63,6 +63,8 @@ struct Table {
     const char* name;
     // y [tokens, rows] = x [tokens, columns] W^T + bias, token t reading `bits[t]` bits; 0 where memory is out
     int (*product)(const Weight& weight, const float* x, int tokens, const int8_t* bits, float* y);
+    // the weight at `bits`: out [rows, columns] of fp32, or of bf16 where `narrow` is not 0
+    void (*read)(const Weight& weight, int bits, int narrow, void* out);
     // logits of the token after `token`, which stands at `position`; adds the weights read at each depth to `counts`
     int (*decode)(const Decoder& model, const Reading& reading, int token, int position, float* logits, double* counts);
 };
