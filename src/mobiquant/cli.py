@@ -66,6 +66,16 @@ def _say(message: str) -> None:
     err.print(f"mobiquant: {message}", markup=False, highlight=False, soft_wrap=True)
 
 
+def training(
+    block_steps: int | None, distill_steps: int, routing_steps: int, sensitivity: bool, whole_text: bool, minutes: float | None
+) -> Any:
+    """How the full recipe trains."""
+    from mobiquant.config import Training
+
+    steps = {"block_steps": block_steps, "distill_steps": distill_steps, "routing_steps": routing_steps}
+    return Training(**steps, sensitivity=sensitivity, whole_text=whole_text, budget_minutes=minutes)
+
+
 @app.command()
 def quantize(
     model: Annotated[str, typer.Argument(help=MODEL)],
@@ -103,7 +113,7 @@ def quantize(
 
     Example: mobiquant quantize smollm2-135m --output smollm2-mobi --group-size 64
     """
-    from mobiquant.config import BETWEEN, Calibration, Format, InputError, Training
+    from mobiquant.config import BETWEEN, Calibration, Format, InputError
 
     form = Format(slices=widths(slices), group_size=group_size, routers=routers)  # type: ignore[arg-type]
     settings: dict[str, Any] = {"samples": samples, "sequence_length": sequence_length, "seed": seed, "sweeps": sweeps}
@@ -112,9 +122,8 @@ def quantize(
     form.check_bits(target_bits) if recipe == "paper" else None
     if recipe != "full" and (work_dir or resume or budget_minutes):
         raise InputError(f"recipe {recipe} keeps no work: --work-dir, --resume and --budget-minutes need --recipe full")
-    steps = {"block_steps": block_steps, "distill_steps": distill_steps, "routing_steps": routing_steps}
-    how = {"sensitivity": sensitivity, "whole_text": whole_text, "budget_minutes": budget_minutes}
-    trained = Training(**steps, **how) if recipe == "full" else None
+    steps = block_steps, distill_steps, routing_steps
+    trained = training(*steps, sensitivity, whole_text, budget_minutes) if recipe == "full" else None
     from mobiquant import calibrate, checkpoint, estimate
 
     checkpoint.check_output(output, overwrite)

@@ -129,16 +129,10 @@ def weight_of(
     planes: list[Tensor], scale: Tensor, zero: Tensor, bias: Tensor | None, base: int, group_size: int, columns: int
 ) -> Weight:
     """A stored weight as the library sees it; the tensors must be contiguous and must outlive it."""
-    made, place = Weight(), 0
-    for part in planes:
-        each = part.stride(0)
-        for bit in range(part.shape[0]):
-            made.plane[place] = part.data_ptr() + bit * each
-            place += 1
-    made.scale, made.zero = scale.data_ptr(), zero.data_ptr()
-    made.bias = None if bias is None else bias.data_ptr()
-    made.rows, made.columns, made.group, made.base = scale.shape[0], columns, group_size, base
-    return made
+    places = [part.data_ptr() + bit * part.stride(0) for part in planes for bit in range(part.shape[0])]
+    plane = (pointer * MAX_BITS)(*places)
+    ends = None if bias is None else bias.data_ptr()
+    return Weight(plane, scale.data_ptr(), zero.data_ptr(), ends, scale.shape[0], columns, group_size, base)
 
 
 def threads() -> int:

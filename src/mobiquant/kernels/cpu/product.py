@@ -9,7 +9,6 @@ multiplies. From `MANY` tokens on that is the faster way; in fp32 it never was (
 
 import ctypes
 import warnings
-from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -17,7 +16,10 @@ from torch import Tensor
 
 from mobiquant.kernels.cpu import library
 
-SCHEMA = "(Tensor x, Tensor[] planes, Tensor scale, Tensor zero, Tensor bits, int base, int group_size, int columns) -> Tensor"
+ARGUMENTS = "Tensor x, Tensor[] planes, Tensor scale, Tensor zero, Tensor bits, int base, int group_size, int columns"
+# registered by hand: the wrappers of `torch.library.custom_op` cost as much as a small layer
+OPERATORS = torch.library.Library("mobiquant", "FRAGMENT")
+OPERATORS.define(f"product({ARGUMENTS}) -> Tensor")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MANY = 192
 
@@ -49,8 +51,9 @@ def matrix_units() -> bool:
     return torch.cpu._is_amx_tile_supported()
 
 
-@torch.library.custom_op("mobiquant::product", mutates_args=(), schema=SCHEMA)
-def product(x, planes, scale, zero, bits, base, group_size, columns):  # type: ignore[no-untyped-def]
+def _product(
+    x: Tensor, planes: list[Tensor], scale: Tensor, zero: Tensor, bits: Tensor, base: int, group_size: int, columns: int
+) -> Tensor:
     """`x` [T, K] by a stored weight [N, K] -> [T, N] in the dtype of `x`, token t reading `bits[t]` (int8) bits."""
     parts = [plane.contiguous() for plane in planes]
     scale, zero = scale.contiguous(), zero.contiguous()
@@ -90,6 +93,10 @@ def read(weight: library.Weight, bits: int, dtype: torch.dtype) -> Tensor:
     return out
 
 
-@product.register_fake
-def _(x: Tensor, planes: Sequence[Tensor], scale: Tensor, *_: object) -> Tensor:
+def _fake(x: Tensor, planes: list[Tensor], scale: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape[0], scale.shape[0])
+
+
+OPERATORS.impl("product", _product, "CPU")
+torch.library.register_fake("mobiquant::product", _fake, lib=OPERATORS)
+product = torch.ops.mobiquant.product.default
