@@ -53,6 +53,21 @@ def test_steps_give_the_logits_of_the_model(model, instructions):
 
 
 @torch.inference_mode()
+def test_the_best_rows_of_the_head_are_read_in_full(model, instructions):
+    ids = tiny.tokens(1, 9)
+    mobiquant.set_precision(model, 4, routed=False)
+    found = []
+    for best in (tiny.VOCABULARY, 8):
+        steps = decoder.Decoder(model, 32, best)
+        steps.prefill(ids[:, :8])
+        found.append(steps.step(int(ids[0, 8])).clone())
+    whole, quick = found
+    top = whole.topk(8).indices
+    assert torch.equal(whole[top], quick[top]) and not torch.equal(whole, quick)
+    assert 8 <= (whole == quick).sum() <= 32 + 8 and snr_db(whole, quick) > 15
+
+
+@torch.inference_mode()
 def test_steps_count_what_they_read(model):
     ids = tiny.tokens(1, 24)
     for bits, routed in BUDGETS:
@@ -107,15 +122,6 @@ def test_positions_end_and_tokens_exist(model):
         steps.step(3)
 
 
-def test_generate_makes_the_text_of_transformers():
-    loaded, tokenizer = mobiquant.load(small.quantised(), dtype=torch.float32), small.tokenizer()
-    # groups of 16 have no kernel, so that both ways compute the same products
-    assert "groups of 16 weights are no multiple" in str(decoder.reason(loaded, 64))
-    mobiquant.set_precision(loaded, 8, routed=False)
-    text = generate(loaded, tokenizer, "a fox", max_new_tokens=12)
-    assert text == generate(loaded, tokenizer, "a fox", max_new_tokens=12)
-
-
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     return tiny.quantize(tmp_path_factory.mktemp("one"), format=Format(group_size=32))
@@ -134,6 +140,15 @@ def test_greedy_tokens_are_those_of_the_highest_logits(llama):
         logits = steps.step(token)
     llama.generation_config.eos_token_id = made[4]
     assert list(natively(llama, ids, 10, False)) == made[: made.index(made[4]) + 1]
+
+
+def test_generate_streams_the_tokens_of_native_decoding(llama):
+    mobiquant.set_precision(llama, 4, routed=False)
+    llama.generation_config.eos_token_id, pieces, tokenizer = None, [], tiny.tokenizer()
+    text = generate(llama, tokenizer, "w5 w9 w11", max_new_tokens=7, stream=pieces.append)
+    with torch.inference_mode():
+        made = list(natively(llama, tokenizer("w5 w9 w11", return_tensors="pt")["input_ids"], 7, False))
+    assert text == "".join(pieces) and text.split() == tokenizer.decode(made, skip_special_tokens=True).split()
 
 
 @torch.inference_mode()
@@ -163,6 +178,8 @@ def test_who_is_left_to_transformers(llama, tmp_path):
     assert natively(llama, tiny.tokens(2, 4), 3, False) is None
     other = tiny.quantize(tmp_path, tiny.model("phi3"), format=Format(group_size=32))
     assert "'phi3' have no native decoder" in str(decoder.reason(other, 64))
+    loaded = mobiquant.load(small.quantised(), dtype=torch.float32)
+    assert "groups of 16 weights are no multiple of 32" in str(decoder.reason(loaded, 64))
     short = tiny.quantize(tmp_path, tiny.model("mistral"), format=Format(group_size=32))
     assert "reaches back 8 tokens" in str(decoder.reason(short, 64)) and decoder.reason(short, 8) is None
 

@@ -8,8 +8,9 @@ Choice: Python and torch take about 10 ms for the thousand small operators of a 
 the weights takes. A native step is there for blocks of the Llama kind, whose parts are the same in several families; `reason`
 says why a model is not of that kind, and it is then decoded by transformers.
 
-The head, a matrix [vocabulary, width], is read at 8 bits in groups of 64 (as other CPU runtimes do), the only part that is
-rounded further than in the checkpoint.
+The head, a matrix [vocabulary, width], is stored at 8 bits in groups of 64 (as other CPU runtimes do), the only part that is
+rounded further than in the checkpoint. Its slices are used as those of a layer are: all rows are read at 4 bits, and the 256
+and more with the highest logits at 8. The logits of the others keep the noise of 4 bits.
 """
 
 import ctypes
@@ -29,6 +30,8 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROTARY = ("default", "linear", "llama3", "yarn")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 HEAD_SLICES, HEAD_GROUP, HEAD_ROWS = (4, 4), 64, 4096
+# rows of the head that are read at its full depth: more than any rule of sampling looks at
+BEST = 256
 # positions are asked for in steps, so that a slightly longer text needs no new decoder
 ROUND = 256
 EMBEDDINGS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -94,7 +97,7 @@ def _addresses(model: nn.Module) -> list[int]:
 class Decoder:
     """Native steps of a model; `reason` must have found nothing. Reads the precision of the model anew at every step."""
 
-    def __init__(self, model: Any, positions: int):
+    def __init__(self, model: Any, positions: int, best: int = BEST):
         self.model, self.precision = model, budget.state(model)
         self._held: list[Any] = []
         config, stack = model.config, model.base_model.layers
@@ -114,6 +117,7 @@ class Decoder:
         made.count, made.width, made.inner = len(stack), config.hidden_size, config.intermediate_size
         made.heads, made.key_heads, made.head_size = config.num_attention_heads, config.num_key_value_heads, self.size
         made.vocabulary, made.positions, made.epsilon = made.head.rows, positions, config.rms_norm_eps
+        made.first_bits, made.best = HEAD_SLICES[0], best
         made.attention_scale = stack[0].get_submodule("self_attn").scaling
         self.made, self.logits, self.filled = made, torch.empty(made.vocabulary), 0
         self.positions, self.seen = positions, _addresses(model)

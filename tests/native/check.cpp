@@ -153,6 +153,7 @@ void decoding(const char* name) {
     model.cosine = model.sine = table.data, model.keys = k.data, model.values = v.data;
     model.count = 2, model.width = width, model.heads = heads, model.key_heads = keys, model.head_size = size, model.inner = inner;
     model.vocabulary = vocabulary, model.positions = positions, model.epsilon = 1e-5f, model.attention_scale = 0.2f;
+    model.first_bits = 4, model.best = 10;
     for (const int routed : {0, 1}) {
         const Reading reading{{2, 3, 4, 6, 8}, 5, routed ? 5 : 3, routed, 0.0f};
         double counts[5] = {}, before = 0;

@@ -97,8 +97,9 @@ class Step {
         embed(token);
         for (int number = 0; number < m.count; ++number) layer(m.blocks[number], number);
         rms_norm(state, m.final_norm, m.width, m.epsilon, x);
-        Part head[1] = {{&m.head, logits, MAX_BITS, 0}};
+        Part head[1] = {{&m.head, logits, m.first_bits, 0}};
         together(head, 1, x, [](int, int, int) {});
+        if (m.first_bits < MAX_BITS) again(logits);
         return !failed;
     }
 
@@ -163,6 +164,46 @@ class Step {
             const int from = (chunk - parts[p].start) * step, to = from + step < w.rows ? from + step : w.rows;
             one_token<V>(parts[p].bits, w, shape, period, from, to, quant, parts[p].y);
             after(p, from * period, to * period);
+        });
+    }
+
+    // Read the rows of the head with the highest logits at full depth: `best` of them, or up to four times as many.
+    void again(float* logits) {
+        static thread_local Scratch lists;
+        const int count = m.vocabulary;
+        int* const rows = static_cast<int*>(lists.get(sizeof(int) * count));
+        const Shape<V>* const shape = Shape<V>::of(m.head);
+        if (rows == nullptr || shape == nullptr) {
+            failed = true;
+            return;
+        }
+        float low = logits[0], high = logits[0];
+#pragma omp simd reduction(min : low) reduction(max : high)
+        for (int k = 0; k < count; ++k) {
+            low = logits[k] < low ? logits[k] : low;
+            high = logits[k] > high ? logits[k] : high;
+        }
+        low -= 1.0f;
+        // halve the range until what lies above `low` is neither too little nor too much
+        for (int turn = 0; turn < 24; ++turn) {
+            const float middle = 0.5f * (low + high);
+            int above = 0;
+#pragma omp simd reduction(+ : above)
+            for (int k = 0; k < count; ++k) above += logits[k] > middle;
+            (above < m.best ? high : low) = middle;
+            if (above >= m.best && above <= 4 * m.best) break;
+        }
+        int chosen = 0;
+        for (int k = 0; k < count; ++k) {
+            if (logits[k] > low) rows[chosen++] = k;
+        }
+        Activations<V> quant(quantised, 1, shape->blocks);
+        quant.set(0, x, m.width, m.width);
+        constexpr int STEP = 64;
+        parallel((chosen + STEP - 1) / STEP, [&](int chunk) {
+            for (int k = chunk * STEP; k < chosen && k < (chunk + 1) * STEP; ++k) {
+                one_token<V>(MAX_BITS, m.head, *shape, 1, rows[k], rows[k] + 1, quant, logits);
+            }
         });
     }
 

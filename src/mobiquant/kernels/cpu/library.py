@@ -71,7 +71,7 @@ class Decoder(ctypes.Structure):
         ("head", Weight),
         *((name, pointer) for name in ("embedding", "final_norm", "cosine", "sine", "keys", "values")),
         *((name, integer) for name in ("count", "width", "heads", "key_heads", "head_size", "inner", "vocabulary")),
-        *((name, integer) for name in ("positions", "embedding_type")),
+        *((name, integer) for name in ("positions", "embedding_type", "first_bits", "best")),
         *((name, real) for name in ("epsilon", "attention_scale")),
     )
 

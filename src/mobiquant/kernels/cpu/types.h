@@ -55,6 +55,8 @@ struct Decoder {
     const float *cosine, *sine;  // [positions, head_size / 2]
     float *keys, *values;        // [blocks, key_heads, positions, head_size]
     int32_t count, width, heads, key_heads, head_size, inner, vocabulary, positions, embedding_type;
+    // the head is read at so many bits first, and at all of them for so many of the best rows
+    int32_t first_bits, best;
     float epsilon, attention_scale;
 };
 
