@@ -25,16 +25,22 @@ torch.set_num_threads(1)
 LONGEST = ("test_real_model", "test_full", "test_quality", "test_routing")
 
 
-@pytest.fixture(autouse=True)
-def exact(request):
-    """Products by torch operators, unless a test is about another backend (`@pytest.mark.backend`)."""
+@pytest.fixture(scope="session", autouse=True)
+def exact():
+    """Products by torch operators, also in fixtures of whole files."""
     from mobiquant import matmul
 
-    if request.node.get_closest_marker("backend"):
+    with matmul.exact():
         yield
-    else:
-        with matmul.exact():
-            yield
+
+
+@pytest.fixture(autouse=True)
+def backend(request, monkeypatch):
+    """The backend that users get, for tests that are about it (`@pytest.mark.backend`)."""
+    if request.node.get_closest_marker("backend"):
+        from mobiquant import matmul
+
+        monkeypatch.setattr(matmul, "_only_exact", False)
 
 
 def pytest_collection_modifyitems(items):
