@@ -4,7 +4,7 @@ What: tokens a second of a prompt (prefill) and of one token after another (deco
 libraries. Contenders are the checkpoint at each budget, the float model in transformers, and llama.cpp at its own formats.
 
 How: all processes stay alive and take turns, one measurement each, so that a machine that is slow for a while is slow for all;
-what is reported are medians. A contender at b bits is loaded with `max_bits=b`, as a device would that never needs more.
+what is reported are medians.
 """
 
 import contextlib
@@ -44,6 +44,7 @@ class Contender:
     model: str
     bits: float | None = None
     fixed: bool = False
+    max_bits: float | None = None
     dtype: str = ""
 
 
@@ -68,6 +69,7 @@ def run(
     folder: str,
     bits: list[float],
     fixed: bool,
+    max_bits: float | None,
     reference: str | None,
     peer: str | None,
     sizes: Sizes,
@@ -86,10 +88,11 @@ def run(
     if peer is not None and reference is None:
         raise InputError("a peer is made from the float model: give --reference with its .gguf file")
     form = Checkpoint.from_dict(checkpoint.quantization_of(checkpoint.read_config(Path(folder)), Path(folder))).format
+    form = form if max_bits is None else form.truncated(max_bits)
     for width in bits:
         form.depth(width) if fixed else form.check_bits(width)
     way = "fixed" if fixed else "routed"
-    contenders = [Contender(f"mobiquant, {way}", "mobiquant", folder, width, fixed) for width in bits]
+    contenders = [Contender(f"mobiquant, {way}", "mobiquant", folder, width, fixed, max_bits) for width in bits]
     if reference is not None:
         contenders += [Contender(f"torch {name}", "float", reference, dtype=name) for name in ("float32", "bfloat16")]
     with tempfile.TemporaryDirectory() as made, bars(console, lines=True) as report:
@@ -258,7 +261,7 @@ class _Own(_Torch):
         import mobiquant
 
         one = self.contender
-        model = mobiquant.load(one.model, max_bits=_load_bits(one))
+        model = mobiquant.load(one.model, max_bits=one.max_bits)
         model.generation_config.eos_token_id = None
         mobiquant.set_precision(model, one.bits, routed=not one.fixed)
         mobiquant.bits_read(model, reset=True)
@@ -268,17 +271,6 @@ class _Own(_Torch):
         import mobiquant
 
         return mobiquant.bits_read(self.model)
-
-
-def _load_bits(contender: Contender) -> float | None:
-    """The least `max_bits` that holds what a contender reads: whole where a fixed width says so, next one up where routed."""
-    from mobiquant import checkpoint
-    from mobiquant.config import Checkpoint
-
-    folder = Path(contender.model)
-    widths = Checkpoint.from_dict(checkpoint.quantization_of(checkpoint.read_config(folder), folder)).format.widths
-    enough = [width for width in widths[1:] if width >= (contender.bits or 0)]
-    return enough[0] if enough else None
 
 
 class _Float(_Torch):

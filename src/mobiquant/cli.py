@@ -319,6 +319,7 @@ def bench(
     folder: Annotated[str, typer.Argument(help="A mobiquant folder.")],
     bits: Annotated[str, typer.Option(help="Average bits to read, with commas.")] = "2,3,4,8",
     fixed: Annotated[bool, typer.Option(help="Every token reads exactly that width; no router.")] = False,
+    max_bits: Annotated[float | None, typer.Option(help="Load only the slices of the first bits.")] = None,
     reference: Annotated[str | None, typer.Option(help="Float model: adds rows of transformers in fp32 and bf16.")] = None,
     peer: Annotated[str | None, typer.Option(help="llama.cpp: adds its formats, made from the --reference .gguf file.")] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
@@ -333,10 +334,8 @@ def bench(
     """
     from mobiquant import bench as b
 
-    show_rows(
-        b.run(folder, numbers(bits), fixed, reference, peer, b.Sizes.of(prompt_tokens, new_tokens, threads), repetitions, err),
-        as_json,
-    )
+    sizes = b.Sizes.of(prompt_tokens, new_tokens, threads)
+    show_rows(b.run(folder, numbers(bits), fixed, max_bits, reference, peer, sizes, repetitions, err), as_json)
 
 
 @app.command()

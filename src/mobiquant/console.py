@@ -55,7 +55,8 @@ def show_rows(rows: list[dict[str, Any]], as_json: bool, **more: Any) -> None:
         return
     table = Table()
     for name in rows[0]:
-        table.add_column(name.replace("_", " "), justify="left" if name == "name" else "right")
+        first = name == "name"
+        table.add_column(name.replace("_", " "), justify="left" if first else "right", no_wrap=first)
     for row in rows:
         table.add_row(*["-" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()])
     out.print(table)
