@@ -21,7 +21,7 @@ ARGUMENTS = "Tensor x, Tensor[] planes, Tensor scale, Tensor zero, Tensor bits, 
 OPERATORS = torch.library.Library("mobiquant", "FRAGMENT")
 OPERATORS.define(f"product({ARGUMENTS}) -> Tensor")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MANY = 192
+MANY, SIZES = 192, 64
 
 
 @cache
@@ -68,7 +68,12 @@ def _product(
             return x.detach() @ read(weight, width, x.dtype).T
         tokens = (bits == width).nonzero()[:, 0]
         some = x.detach()[tokens]
-        y[tokens] = _few(some, weight, bits[tokens]) if count < MANY else some @ read(weight, width, x.dtype).T
+        if count < MANY:
+            y[tokens] = _few(some, weight, bits[tokens])
+        else:
+            # a product of a new size is compiled anew, and kept: few sizes are few of them
+            padded = torch.nn.functional.pad(some, (0, 0, 0, -count % SIZES))
+            y[tokens] = (padded @ read(weight, width, x.dtype).T)[:count]
     return y
 
 
