@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -31,7 +32,8 @@ from mobiquant.progress import Report
 # formats of llama.cpp by the number that its own quantiser takes
 LLAMA = {"Q2_K": 10, "Q3_K_M": 12, "Q4_0": 2, "Q4_K_M": 15, "Q8_0": 7}
 LLAMA_F16 = 1
-PROMPT, SHORT = 512, 32
+# tokens before those that are made one after another
+SHORT = 32
 PEERS = ("llama.cpp",)
 
 
@@ -201,7 +203,7 @@ def resident() -> float:
     return psutil.Process().memory_info().rss / 1e6
 
 
-class _Torch:
+class _Torch(ABC):
     """What ours and the float model share."""
 
     def __init__(self, contender: Contender, sizes: Sizes):
@@ -220,9 +222,9 @@ class _Torch:
         generator = torch.Generator().manual_seed(0)
         self.tokens = torch.randint(10, self.model.config.vocab_size - 10, (1, sizes.prompt), generator=generator)
 
+    @abstractmethod
     def load(self) -> Any:
         """The model."""
-        raise NotImplementedError
 
     def bits_read(self) -> float | None:
         """Average bits of each weight that the tokens so far have read."""

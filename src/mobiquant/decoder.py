@@ -4,8 +4,8 @@ What: a `Decoder` holds the structures that the library reads (`kernels/cpu`): p
 of the model as they lie there, norms in fp32, tables of rotary positions and a cache of keys and values in fp32. The prompt
 goes through the model itself, whose cache is copied; every token after it is one call.
 
-Choice: Python and torch take about 10 ms for the thousand small operators of a token, which is several times what reading
-the weights takes. A native step is there for blocks of the Llama kind, whose parts are the same in several families; `reason`
+Choice: Python and torch take about 30 ms for the thousand small operators of a token, which is many times what reading the
+weights takes. A native step is there for blocks of the Llama kind, whose parts are the same in several families; `reason`
 says why a model is not of that kind, and it is then decoded by transformers.
 
 The head, a matrix [vocabulary, width], is stored at 8 bits in groups of 64 (as other CPU runtimes do), the only part that is
@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mobiquant import budget, matmul, pack
+from mobiquant import budget, clip, matmul, pack
 from mobiquant import slices as s
 from mobiquant.kernels.cpu import library
 from mobiquant.linear import MobiLinear
@@ -74,9 +74,8 @@ def _layers_reason(model: Any) -> str | None:
             layer = block.get_submodule(path_of(name))
             if not isinstance(layer, MobiLinear):
                 return f"a layer '{name}' is not quantised"
-            group = layer.format.group_size
-            if group % library.LANE and group < layer.in_features:
-                return f"groups of {group} weights are no multiple of {library.LANE}"
+            if unfit := library.unfit(layer.format.group_size, layer.in_features):
+                return unfit
     return None
 
 
@@ -155,7 +154,7 @@ class Decoder:
     def _reading(self) -> library.Reading:
         tau, cap = self.precision.get()
         widths = (ctypes.c_int32 * library.MAX_BITS)(*self.precision.widths)
-        return library.Reading(widths, len(self.precision.widths), int(cap[0]), int(self.precision.routed), tau[0])
+        return library.Reading(widths, int(cap[0]), int(self.precision.routed), tau[0])
 
     def _pointer(self, tensor: Tensor) -> int:
         """Address of a tensor that is kept as long as this object."""
@@ -173,9 +172,8 @@ class Decoder:
             bias = None if layer.bias is None else layer.bias.float()
             parts = (*planes, layer.scale.contiguous(), layer.zero.contiguous())
             self._held += [*parts, bias]
-            form, columns = layer.format, layer.in_features
-            group = form.group_size if form.group_size < columns else -(-columns // library.LANE) * library.LANE
-            made.linear[place] = library.weight_of(planes, *parts[-2:], bias, form.slices[0], group, columns)
+            shape = layer.format.slices[0], layer.format.group_size, layer.in_features
+            made.linear[place] = library.weight_of(planes, *parts[-2:], bias, *shape)
             if layer.owner is not before:
                 made.router[place] = self._router(layer)
             before = layer.owner
@@ -205,8 +203,7 @@ class Decoder:
         parts: list[list[Tensor]] = []
         for start in range(0, rows, HEAD_ROWS):
             weight = head.weight[start : start + HEAD_ROWS].detach().float()
-            padded = nn.functional.pad(weight, (0, -columns % HEAD_GROUP)).unflatten(1, (-1, HEAD_GROUP))
-            scale, zero = s.from_range(padded.amin(2), padded.amax(2), HEAD_SLICES)
+            scale, zero = clip.min_max(weight, HEAD_SLICES, HEAD_GROUP)
             code = s.encode(weight, scale, zero, HEAD_SLICES, HEAD_GROUP)
             parts.append([*pack.pack(code, HEAD_SLICES), scale, zero])
         planes = [torch.cat([part[e] for part in parts], 1) for e in range(len(HEAD_SLICES))]

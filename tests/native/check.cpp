@@ -155,7 +155,7 @@ void decoding(const char* name) {
     model.vocabulary = vocabulary, model.positions = positions, model.epsilon = 1e-5f, model.attention_scale = 0.2f;
     model.first_bits = 4, model.best = 10;
     for (const int routed : {0, 1}) {
-        const Reading reading{{2, 3, 4, 6, 8}, 5, routed ? 5 : 3, routed, 0.0f};
+        const Reading reading{{2, 3, 4, 6, 8}, routed ? 5 : 3, routed, 0.0f};
         double counts[5] = {}, before = 0;
         for (int position = 0; position < positions; ++position) {
             expect(mobiquant_decode(&model, &reading, position % vocabulary, position, logits.data, counts, 1 + position % 3), "memory");

@@ -80,17 +80,12 @@ class Step {
 
     // Returns whether there was memory.
     bool run(int token, float* logits) {
-        static thread_local Scratch buffers, held;
-        widest = m.width > m.inner ? m.width : m.inner;
+        static thread_local Scratch buffers;
         const int queries = m.heads * m.head_size, keys = m.key_heads * m.head_size;
-        widest = widest > queries ? widest : queries;
         const size_t floats = 3 * static_cast<size_t>(m.width) + 2 * queries + 2 * keys + 2 * static_cast<size_t>(m.inner) +
                               static_cast<size_t>(m.heads) * (here + 16) + 256;
         float* next = static_cast<float*>(buffers.get(sizeof(float) * floats));
-        widest = widest > MOST_REPEATED ? widest : MOST_REPEATED;
-        const int blocks = (widest + 8 * V::BYTES - 1) / (8 * V::BYTES);
-        quantised = held.get(Activations<V>::size(1, blocks) + 64);
-        if (next == nullptr || quantised == nullptr) return false;
+        if (next == nullptr) return false;
         const auto take = [&](int count) { float* const at = next; next += (count + 15) / 16 * 16; return at; };
         state = take(m.width), x = take(m.width), added = take(m.width), query = take(queries), mixed = take(queries);
         key = take(keys), value = take(keys), gate = take(m.inner), up = take(m.inner), chances = next;
@@ -98,7 +93,7 @@ class Step {
         for (int number = 0; number < m.count; ++number) layer(m.blocks[number], number);
         rms_norm(state, m.final_norm, m.width, m.epsilon, x);
         Part head[1] = {{&m.head, logits, m.first_bits, 0}};
-        together(head, 1, x, [](int, int, int) {});
+        together(head, 1, x);
         if (m.first_bits < MAX_BITS) again(logits);
         return !failed;
     }
@@ -108,8 +103,6 @@ class Step {
     const Reading& how;
     const int here;
     double* const counted;
-    int widest = 0;
-    void* quantised = nullptr;
     bool failed = false;
     float *state = nullptr, *x = nullptr, *added = nullptr, *query = nullptr, *mixed = nullptr;
     float *key = nullptr, *value = nullptr, *gate = nullptr, *up = nullptr, *chances = nullptr;
@@ -128,43 +121,12 @@ class Step {
         }
     }
 
-    struct Part {
-        const Weight* weight;
-        float* y;
-        int bits, start;  // chunk at which it starts
-    };
-
-    // Linears that read the same input, as one job; `after(part, from, to)` is called for rows that are done.
     template <class F>
     void together(Part* parts, int count, const float* input, const F& after) {
-        const Weight& first = *parts[0].weight;
-        int rows = 0, period = period_of<V>(first), chunks = 0;
-        for (int p = 0; p < count; ++p) {
-            rows += parts[p].weight->rows;
-            if (period_of<V>(*parts[p].weight) != period) period = 1;
-        }
-        const Weight wide = repeated(first, period);
-        const Shape<V>* const found = Shape<V>::of(wide);
-        if (found == nullptr) {
-            failed = true;
-            return;
-        }
-        const Shape<V>& shape = *found;
-        Activations<V> quant(quantised, 1, shape.blocks);
-        quant.set(0, input, wide.columns, first.columns);
-        const int step = rows_of_chunk(rows, 1) / period;
-        for (int p = 0; p < count; ++p) {
-            parts[p].start = chunks;
-            chunks += (parts[p].weight->rows / period + step - 1) / step;
-        }
-        parallel(chunks, [&](int chunk) {
-            int p = count - 1;
-            while (chunk < parts[p].start) --p;
-            const Weight w = repeated(*parts[p].weight, period);
-            const int from = (chunk - parts[p].start) * step, to = from + step < w.rows ? from + step : w.rows;
-            one_token<V>(parts[p].bits, w, shape, period, from, to, quant, parts[p].y);
-            after(p, from * period, to * period);
-        });
+        failed |= !::together<V>(parts, count, input, after);
+    }
+    void together(Part* parts, int count, const float* input) {
+        together(parts, count, input, [](int, int, int) {});
     }
 
     // Read the rows of the head with the highest logits at full depth: `best` of them, or up to four times as many.
@@ -173,7 +135,8 @@ class Step {
         const int count = m.vocabulary;
         int* const rows = static_cast<int*>(lists.get(sizeof(int) * count));
         const Shape<V>* const shape = Shape<V>::of(m.head);
-        if (rows == nullptr || shape == nullptr) {
+        void* const memory = shape == nullptr ? nullptr : token_memory<V>(shape->blocks);
+        if (rows == nullptr || memory == nullptr) {
             failed = true;
             return;
         }
@@ -197,7 +160,7 @@ class Step {
         for (int k = 0; k < count; ++k) {
             if (logits[k] > low) rows[chosen++] = k;
         }
-        Activations<V> quant(quantised, 1, shape->blocks);
+        Activations<V> quant(memory, 1, shape->blocks);
         quant.set(0, x, m.width, m.width);
         constexpr int STEP = 64;
         parallel((chosen + STEP - 1) / STEP, [&](int chunk) {
@@ -264,7 +227,7 @@ class Step {
         rms_norm(state, b.first_norm, m.width, m.epsilon, x);
         Part inputs[3] = {{&b.linear[QUERY], query, 0, 0}, {&b.linear[KEY], key, 0, 0}, {&b.linear[VALUE], value, 0, 0}};
         depths(b, QUERY, 3, x, inputs);
-        together(inputs, 3, x, [](int, int, int) {});
+        together(inputs, 3, x);
         for (int head = 0; head < m.heads; ++head) {
             if (b.query_norm != nullptr) rms_norm(query + head * size, b.query_norm, size, m.epsilon, query + head * size);
             turn(query + head * size);
@@ -283,7 +246,7 @@ class Step {
         }
         Part output[1] = {{&b.linear[OUTPUT], added, 0, 0}};
         depths(b, OUTPUT, 1, mixed, output);
-        together(output, 1, mixed, [](int, int, int) {});
+        together(output, 1, mixed);
         add(added);
         rms_norm(state, b.second_norm, m.width, m.epsilon, x);
         Part middle[2] = {{&b.linear[GATE], gate, 0, 0}, {&b.linear[UP], up, 0, 0}};
@@ -297,7 +260,7 @@ class Step {
         for (int k = 0; k < m.inner; ++k) gate[k] *= up[k];
         Part down[1] = {{&b.linear[DOWN], added, 0, 0}};
         depths(b, DOWN, 1, gate, down);
-        together(down, 1, gate, [](int, int, int) {});
+        together(down, 1, gate);
         add(added);
     }
 };

@@ -7,6 +7,14 @@
 
 namespace {
 
+// Fields of `N` bits of two vectors as fields of `2 N`, those of `high` above: those that begin at even places, and at odd ones.
+template <class V, int N>
+inline void merge(typename V::Bytes high, typename V::Bytes low, typename V::Bytes& even, typename V::Bytes& odd) {
+    constexpr uint8_t UPPER = N == 1 ? 0xaa : N == 2 ? 0xcc : 0xf0;
+    even = V::mix(V::template left<N>(high), low, UPPER);
+    odd = V::mix(high, V::template right<N>(low), UPPER);
+}
+
 // Codes of `W` bits from planes `s`, lowest bit first, into eight vectors.
 template <class V, int W>
 inline void fields(const typename V::Bytes* s, typename V::Bytes* out) {
@@ -22,7 +30,8 @@ inline void fields(const typename V::Bytes* s, typename V::Bytes* out) {
         out[6] = V::only(V::template right<6>(a), 1);
         out[7] = V::only(V::template right<7>(a), 1);
     } else if constexpr (W == 2) {
-        const Bytes even = V::mix(V::template left<1>(s[1]), s[0], 0xaa), odd = V::mix(s[1], V::template right<1>(s[0]), 0xaa);
+        Bytes even, odd;
+        merge<V, 1>(s[1], s[0], even, odd);
         out[0] = V::only(even, 3);
         out[1] = V::only(odd, 3);
         out[2] = V::only(V::template right<2>(even), 3);
@@ -36,21 +45,18 @@ inline void fields(const typename V::Bytes* s, typename V::Bytes* out) {
         for (int half = 0; half < (W > 4 ? 2 : 1); ++half) {
             Bytes p[4];
             for (int k = 0; k < 4; ++k) p[k] = 4 * half + k < W ? s[4 * half + k] : V::zero();
-            const Bytes low0 = V::mix(V::template left<1>(p[1]), p[0], 0xaa), low1 = V::mix(p[1], V::template right<1>(p[0]), 0xaa);
-            const Bytes high0 = V::mix(V::template left<1>(p[3]), p[2], 0xaa), high1 = V::mix(p[3], V::template right<1>(p[2]), 0xaa);
+            Bytes low[2], high[2];
+            merge<V, 1>(p[1], p[0], low[0], low[1]);
+            merge<V, 1>(p[3], p[2], high[0], high[1]);
             // nibbles of bit i in the lower half of a byte, of bit i + 4 in the upper one
-            nibbles[half][0] = V::mix(V::template left<2>(high0), low0, 0xcc);
-            nibbles[half][1] = V::mix(V::template left<2>(high1), low1, 0xcc);
-            nibbles[half][2] = V::mix(high0, V::template right<2>(low0), 0xcc);
-            nibbles[half][3] = V::mix(high1, V::template right<2>(low1), 0xcc);
+            for (int i = 0; i < 2; ++i) merge<V, 2>(high[i], low[i], nibbles[half][i], nibbles[half][i + 2]);
         }
         for (int i = 0; i < 4; ++i) {
             if constexpr (W <= 4) {
                 out[i] = V::only(nibbles[0][i], 15);
                 out[i + 4] = V::only(V::template right<4>(nibbles[0][i]), 15);
             } else {
-                out[i] = V::mix(V::template left<4>(nibbles[1][i]), nibbles[0][i], 0xf0);
-                out[i + 4] = V::mix(nibbles[1][i], V::template right<4>(nibbles[0][i]), 0xf0);
+                merge<V, 4>(nibbles[1][i], nibbles[0][i], out[i], out[i + 4]);
             }
         }
     }

@@ -48,7 +48,7 @@ class Reading(ctypes.Structure):
 
     _fields_ = (
         ("widths", integer * MAX_BITS),
-        *((name, integer) for name in ("depths", "cap", "routed")),
+        *((name, integer) for name in ("cap", "routed")),
         ("tau", real),
     )
 
@@ -125,10 +125,19 @@ def _use(found: ctypes.CDLL, name: str) -> None:
         raise ValueError(f"instructions '{name}' do not work on this machine")
 
 
+def unfit(group_size: int, columns: int) -> str | None:
+    """Why weights of such groups cannot be read; None where they can."""
+    if group_size % LANE == 0 or group_size >= columns:
+        return None
+    return f"groups of {group_size} weights are no multiple of {LANE}"
+
+
 def weight_of(
     planes: list[Tensor], scale: Tensor, zero: Tensor, bias: Tensor | None, base: int, group_size: int, columns: int
 ) -> Weight:
     """A stored weight as the library sees it; the tensors must be contiguous and must outlive it."""
+    # a group that is longer than a row is one that ends with it
+    group_size = group_size if group_size < columns else -(-columns // LANE) * LANE
     places = [part.data_ptr() + bit * part.stride(0) for part in planes for bit in range(part.shape[0])]
     plane = (pointer * MAX_BITS)(*places)
     ends = None if bias is None else bias.data_ptr()

@@ -276,30 +276,59 @@ inline int rows_of_chunk(int rows, int tokens) {
     return wanted < least ? least : wanted > 512 ? 512 : wanted;
 }
 
-// One token: `x` [columns] at `bits`.
+// A linear layer of one token, as a part of a job.
+struct Part {
+    const Weight* weight;
+    float* y;
+    int bits, start;  // chunk at which it starts
+};
+
+// Memory for one quantised token of a thread, or null.
 template <class V>
-int single(const Weight& given, const float* x, int bits, float* y) {
-    static thread_local Scratch quantised;
-    const int period = period_of<V>(given);
-    const Weight w = repeated(given, period);
-    const Shape<V>* const found = Shape<V>::of(w);
-    if (found == nullptr) return 0;
+void* token_memory(int blocks) {
+    static thread_local Scratch held;
+    return held.get(Activations<V>::size(1, blocks) + 64);
+}
+
+// Layers that read the same token `x`, as one job; `after(part, from, to)` is called for rows that are done. 0 where memory
+// is out.
+template <class V, class F>
+int together(Part* parts, int count, const float* x, const F& after) {
+    const Weight& first = *parts[0].weight;
+    int rows = 0, period = period_of<V>(first), chunks = 0;
+    for (int p = 0; p < count; ++p) {
+        rows += parts[p].weight->rows;
+        if (period_of<V>(*parts[p].weight) != period) period = 1;
+    }
+    const Weight wide = repeated(first, period);
+    const Shape<V>* const found = Shape<V>::of(wide);
+    void* const memory = found == nullptr ? nullptr : token_memory<V>(found->blocks);
+    if (memory == nullptr) return 0;
     const Shape<V>& shape = *found;
-    void* const held = quantised.get(Activations<V>::size(1, shape.blocks) + 64);
-    if (held == nullptr) return 0;
-    Activations<V> quant(held, 1, shape.blocks);
-    quant.set(0, x, w.columns, given.columns);
-    const int step = rows_of_chunk(given.rows, 1) / period, chunks = (w.rows + step - 1) / step;
+    Activations<V> quant(memory, 1, shape.blocks);
+    quant.set(0, x, wide.columns, first.columns);
+    const int step = rows_of_chunk(rows, 1) / period;
+    for (int p = 0; p < count; ++p) {
+        parts[p].start = chunks;
+        chunks += (parts[p].weight->rows / period + step - 1) / step;
+    }
     parallel(chunks, [&](int chunk) {
-        const int from = chunk * step, to = from + step < w.rows ? from + step : w.rows;
-        one_token<V>(bits, w, shape, period, from, to, quant, y);
+        int p = count - 1;
+        while (chunk < parts[p].start) --p;
+        const Weight w = repeated(*parts[p].weight, period);
+        const int from = (chunk - parts[p].start) * step, to = from + step < w.rows ? from + step : w.rows;
+        one_token<V>(parts[p].bits, w, shape, period, from, to, quant, parts[p].y);
+        after(p, from * period, to * period);
     });
     return 1;
 }
 
 template <class V>
 int product(const Weight& w, const float* x, int tokens, const int8_t* bits, float* y) {
-    if (tokens == 1) return single<V>(w, x, bits[0], y);
+    if (tokens == 1) {
+        Part alone[1] = {{&w, y, bits[0], 0}};
+        return together<V>(alone, 1, x, [](int, int, int) {});
+    }
     static thread_local Scratch quantised, orders;
     const Shape<V>* const found = Shape<V>::of(w);
     if (found == nullptr) return 0;

@@ -39,8 +39,8 @@ def usable(x: Tensor, group_size: int, columns: int) -> bool:
     if not library.available():
         _warn("the CPU kernels are not built, install a C++ compiler and mobiquant again")
         return False
-    if group_size % library.LANE and group_size < columns:
-        _warn(f"groups of {group_size} weights are no multiple of {library.LANE}, which is what the CPU kernels read")
+    if reason := library.unfit(group_size, columns):
+        _warn(f"{reason}, which is what the CPU kernels read")
         return False
     return True
 
@@ -57,9 +57,7 @@ def _product(
     """`x` [T, K] by a stored weight [N, K] -> [T, N] in the dtype of `x`, token t reading `bits[t]` (int8) bits."""
     parts = [plane.contiguous() for plane in planes]
     scale, zero = scale.contiguous(), zero.contiguous()
-    # a group that is longer than a row is one that ends with it
-    group = group_size if group_size < columns else -(-columns // library.LANE) * library.LANE
-    weight = library.weight_of(parts, scale, zero, None, base, group, columns)
+    weight = library.weight_of(parts, scale, zero, None, base, group_size, columns)
     if x.shape[0] < MANY or x.dtype != torch.bfloat16 or not matrix_units():
         return _few(x, weight, bits)
     y, (widths, counts) = x.new_empty(x.shape[0], weight.rows), bits.unique(return_counts=True)

@@ -30,10 +30,10 @@ struct Router {
     int32_t hidden, outputs, columns;
 };
 
-// How deep tokens read: bits of each prefix, the threshold, and the deepest prefix that is allowed (counted from 1).
+// How deep tokens read: bits of each prefix, the deepest one that is allowed (counted from 1), and the threshold.
 struct Reading {
     int32_t widths[MAX_BITS];
-    int32_t depths, cap, routed;
+    int32_t cap, routed;
     float tau;
 };
 
