@@ -96,6 +96,41 @@ def test_draws_are_the_same_for_a_step_and_cover_all_depths():
     assert len(places) == 8
 
 
+def test_a_mixture_has_two_neighbouring_depths_and_all_of_them_come_up():
+    drawn = [distill.mixture(nested.generator_for(0, "distillation", 0, step), 40, 5) for step in range(60)]
+    assert drawn[7] == distill.mixture(nested.generator_for(0, "distillation", 0, 7), 40, 5)
+    assert all(len(one) == 40 and set(one) <= {min(one), min(one) + 1} and max(one) <= 5 for one in drawn)
+    assert {min(one) for one in drawn} == {1, 2, 3, 4}
+    shares = [sum(d > min(one) for d in one) / 40 for one in drawn if len(set(one)) == 2]
+    assert min(shares) < 0.25 and max(shares) > 0.75
+
+
+def test_layers_read_at_the_depth_of_their_place_and_those_of_one_input_share_it(tmp_path):
+    made = torch.nn.Module.float(tiny.quantize(tmp_path, format=FORM))
+    layers = {name: layer for name, layer in made.named_modules() if isinstance(layer, MobiLinear)}
+    depth = latent.Depth(1)
+    latents = latent.open_latents(made, depth)
+    places = {name.rpartition(".")[2]: one.place for name, one in latents.items() if ".layers.1." in name}
+    assert places["q_proj"] == places["k_proj"] == places["v_proj"] and places["gate_proj"] == places["up_proj"]
+    assert len(set(places.values())) == 4 and depth.places == 8
+    depth.value = tuple(1 + (place * 2) % 5 for place in range(8))
+    for name, one in latents.items():
+        wanted = layers[name].packed().read(depth.value[one.place])
+        assert torch.allclose(one.weight(torch.float32), wanted, atol=1e-6)
+    # what kernels read says the same
+    depth.hold(torch.device("cpu"))
+    depth.fill(FORM)
+    assert depth.held.tolist() == [2.0 ** (FORM.widths[d - 1] - 2) for d in depth.value]
+    assert depth.cells(3, FORM, torch.device("cpu")).item() == 2.0 ** (FORM.widths[depth.value[3] - 1] - 2)
+
+
+def test_codes_have_seen_mixed_depths_unless_told_otherwise(tmp_path):
+    short = replace(SHORT, block_steps=0, routing_steps=0, distill_steps=4)
+    logs = [full(tmp_path, replace(short, mixed=mixed))._mobiquant_log for mixed in (True, False)]
+    seen = [set(next(entry["kl"] for entry in log if "kl" in entry and "step" in entry)) for log in logs]
+    assert seen == [{"2", "3", "4", "6", "8", "mixed"}, {"2", "3", "4", "6", "8"}]
+
+
 def test_one_loud_token_does_not_own_the_block_loss():
     wanted = normal(1, 64, 16)
     made = wanted + 0.1 * normal(1, 64, 16, seed=1)
@@ -324,7 +359,7 @@ def test_a_budget_of_minutes_bounds_the_steps(tmp_path):
     assert not steps or steps[-1] < 10**4
 
 
-@pytest.mark.parametrize("bad", [{"block_steps": -1}, {"distill_batch": 0}, {"budget_minutes": 0}, {"depths_per_step": 0}])
+@pytest.mark.parametrize("bad", [{"block_steps": -1}, {"distill_batch": 0}, {"budget_minutes": 0}, {"passes_per_step": 0}])
 def test_bad_training_is_refused(bad):
     with pytest.raises(InputError, match=r"is not usable|leaves no time"):
         Training(**bad)
@@ -358,13 +393,15 @@ def test_captured_passes_learn_what_plain_ones_do(tmp_path):
                 parameter.grad = torch.zeros_like(parameter)
         with passes.steady(made, pair.stack, tokens[:2]), passes.steady(original, pair.originals, tokens[:2]):
             learner = (
-                passes.Passes(pair, depth, 0.5) if kind == "plain" else passes.CapturedPasses(pair, depth, 0.5, tokens[:2])
+                passes.Passes(pair, depth, 0.5)
+                if kind == "plain"
+                else passes.CapturedPasses(pair, depth, 0.5, tokens[:2], FORM)
             )
             losses = []
             # the second batch and the second turn of a depth are replayed
             for batch in (tokens[:2], tokens[2:]):
                 learner.teach(batch)
-                losses += [learner.learn(d).item() for d in (1, 3, 1)]
+                losses += [learner.learn(d).item() for d in (1, 3, 1, tuple(1 + place % 2 for place in range(8)))]
         found[kind] = losses, {name: one.position.grad.clone() for name, one in latents.items()}
     assert found["plain"][0] == pytest.approx(found["captured"][0], rel=1e-3)
     for name, gradient in found["plain"][1].items():

@@ -29,7 +29,8 @@ def compare(slices, columns, group, device):
         weight = made.weight(torch.float32)
         wanted = torch.autograd.grad(weight, (made.position, made.log_scale, made.zero), slope)
         bounds = latent.s.MIN_SCALE, latent.s.MAX_SCALE
-        again = grid.Read.apply(*fused, group, made.format.widths[depth - 1], slices[0], bounds, 8, torch.float32)
+        cells = torch.tensor(2.0 ** (made.format.widths[depth - 1] - slices[0]), device=device)
+        again = grid.Read.apply(*fused, cells, group, slices[0], bounds, 8, torch.float32)
         assert torch.allclose(again.cpu(), weight, rtol=1e-5, atol=1e-6)
         for one, other in zip(torch.autograd.grad(again, fused, slope.to(device)), wanted, strict=True):
             # sums over a group in another order

@@ -81,7 +81,7 @@ class Bench:
                 found = tasks.measure(
                     model, self.tokenizer, self.settings.tasks, () if row["bits"] is None else (row["bits"],),
                     fixed=not row["routed"], folder=folder, limit=self.settings.limit,
-                    batch=64 if self.device.type == "cuda" else 16,
+                    batch=256 if self.device.type == "cuda" else 16,
                 )  # fmt: skip
                 row["accuracy"] = {**found[0].accuracy, "mean": found[0].mean}
         except InputError as error:

@@ -99,6 +99,7 @@ OWN = {"fast": 2.0, "paper": 30.0, "full": 12.0}
 ABLATIONS = {
     "with block training": "--block-steps 100",
     "without end-to-end training": "--block-steps 100 --distill-steps 0",
+    "no mixed depths": "--no-mixed",
     "routers by regression": "--routing-steps 0",
     "routers by regression, layers alike": "--routing-steps 0 --no-sensitivity",
     "routers per linear": "--routers per-linear",

@@ -67,13 +67,14 @@ def _say(message: str) -> None:
 
 
 def training(
-    block_steps: int | None, distill_steps: int, routing_steps: int, sensitivity: bool, whole_text: bool, minutes: float | None
-) -> Any:
+    block_steps: int | None, distill_steps: int, routing_steps: int, mixed: bool, sensitivity: bool, whole_text: bool,
+    minutes: float | None,
+) -> Any:  # fmt: skip
     """How the full recipe trains."""
     from mobiquant.config import Training
 
     steps = {"block_steps": block_steps, "distill_steps": distill_steps, "routing_steps": routing_steps}
-    return Training(**steps, sensitivity=sensitivity, whole_text=whole_text, budget_minutes=minutes)
+    return Training(**steps, mixed=mixed, sensitivity=sensitivity, whole_text=whole_text, budget_minutes=minutes)
 
 
 @app.command()
@@ -93,7 +94,8 @@ def quantize(
     target_bits: Annotated[float, typer.Option(help="Average bits that the paper recipe trains its routers for.")] = 3.0,
     sweeps: Annotated[int, typer.Option(help="Coordinate-descent passes of the fast recipe.")] = 1,
     block_steps: BlockSteps = None,
-    distill_steps: Annotated[int, typer.Option(help="Full recipe: steps end to end, 0 to leave it out.")] = 1400,
+    distill_steps: Annotated[int, typer.Option(help="Full recipe: steps end to end, 0 to leave it out.")] = 1300,
+    mixed: Annotated[bool, typer.Option(help="Full recipe: train layers side by side at two depths too.")] = True,
     sensitivity: Annotated[bool, typer.Option(help="Full recipe: routers compare layers by what each is worth.")] = True,
     routing_steps: Annotated[int, typer.Option(help="Full recipe: steps for routers end to end, 0 to leave it out.")] = 200,
     whole_text: WholeText = True,
@@ -120,7 +122,7 @@ def quantize(
     if recipe != "full" and (work_dir or resume or budget_minutes):
         raise InputError(f"recipe {recipe} keeps no work: --work-dir, --resume and --budget-minutes need --recipe full")
     steps = block_steps, distill_steps, routing_steps
-    trained = training(*steps, sensitivity, whole_text, budget_minutes) if recipe == "full" else None
+    trained = training(*steps, mixed, sensitivity, whole_text, budget_minutes) if recipe == "full" else None
     from mobiquant import calibrate, checkpoint, estimate
 
     checkpoint.check_output(output, overwrite)

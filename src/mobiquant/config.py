@@ -130,17 +130,19 @@ class Training:
     divergence of each depth enters the loss as `KL^loss_power / loss_power`, its logarithm at 0. With `sensitivity` routers
     compare layers by what each is worth to the model; then `routing_steps` train them end to end, `router_rate` being the rate
     of Adam for the biases of scores. The end-to-end stages draw windows from the `whole_text`, or from the calibration windows
-    alone, which are what the other recipes see. `budget_minutes` bounds the whole recipe by taking fewer steps.
+    alone, which are what the other recipes see. An end-to-end step makes `passes_per_step` passes, each at another depth, the
+    last at a mixture of two where `mixed`. `budget_minutes` bounds the whole recipe by taking fewer steps.
     """
 
     block_steps: int | None = None
     block_batch: int = 8
-    distill_steps: int = 1400
+    distill_steps: int = 1300
     distill_batch: int = 4
-    depths_per_step: int = 8
-    position_rate: float = 2e-3
-    scale_rate: float = 1e-3
-    zero_rate: float = 2e-3
+    passes_per_step: int = 5
+    mixed: bool = True
+    position_rate: float = 1.4e-3
+    scale_rate: float = 7e-4
+    zero_rate: float = 1.4e-3
     loss_power: float = 0.5
     clip_norm: float = 1.0
     sensitivity: bool = True
@@ -151,7 +153,7 @@ class Training:
 
     def __post_init__(self) -> None:
         least = {"block_steps": 0, "distill_steps": 0, "routing_steps": 0}
-        least |= {"block_batch": 1, "distill_batch": 1, "depths_per_step": 1}
+        least |= {"block_batch": 1, "distill_batch": 1, "passes_per_step": 1}
         for name, value in least.items():
             given = getattr(self, name)
             if given is not None and given < value:

@@ -161,7 +161,7 @@ def _add_training(
     Routers end to end make one pass with the products of all depths.
     """
     parameters = sum(p.numel() for p in {id(p): p for p in skeleton.parameters()}.values())
-    length, depths = settings.sequence_length or 0, min(training.depths_per_step, len(form.slices))
+    length, depths = settings.sequence_length or 0, min(training.passes_per_step, len(form.slices) + training.mixed)
     steps = full.block_steps(training, int(work["weights"]), device)
     work["flop"] += 6 * steps * training.block_batch * length * work["weights"]
     tokens = training.distill_batch * length

@@ -1,7 +1,8 @@
 """End-to-end training of all layers against the float model: KL of the next-token distribution, at all depths together.
 
-What: `sum_e KL(float || student read at depth e)^p / p` over the depths of the step (`passes`). All depths take part in every
-step unless told otherwise: they share one code and pull at it together.
+What: `sum_e KL(float || student read at depth e)^p / p` over the depths of the step (`passes`), of which few bits are drawn
+more often: all share one code and pull at it together. One more term reads layers at two neighbouring depths side by side,
+drawn anew in each step, since that is what routers will make of the codes.
 
 Where the trainable state (weights, gradients, two moments) does not fit, only scales and zero points are trained, with blocks
 recomputed in the backward pass; the log and a notice say so.
@@ -29,6 +30,8 @@ NAME = "distillation"
 SAVE_EVERY = 50
 # fp32 weight, gradient and two moments, and what reading it makes on the way
 BYTES_PER_WEIGHT = 24
+# where losses are kept by width, that of mixed depths
+MIXED, MIXES = 0, "mixed"
 
 
 def free_memory(device: torch.device) -> int:
@@ -39,6 +42,13 @@ def free_memory(device: torch.device) -> int:
 def fits(weights: int, device: torch.device) -> bool:
     """Whether all weights can be trained at once with a quarter of the free memory left for activations."""
     return weights * BYTES_PER_WEIGHT < 0.75 * free_memory(device)
+
+
+def mixture(generator: torch.Generator, places: int, depths: int) -> tuple[int, ...]:
+    """A depth for each place: two neighbours, the deeper one with a share between a tenth and nine tenths."""
+    low = int(torch.randint(1, depths, (), generator=generator))
+    share = 0.1 + 0.8 * torch.rand((), generator=generator)
+    return tuple((low + (torch.rand(places, generator=generator) < share)).tolist())
 
 
 def recompute_blocks(stack: nn.ModuleList) -> None:
@@ -71,40 +81,44 @@ def distill(
     first, log = _resume(work, latents, optimizer)
     sums: dict[int, list[float]] = {}
     recent: dict[int, float] = {}
-    count = min(training.depths_per_step, len(form.widths))
-    with repeatable(device), _passes(pair, depth, windows[: training.distill_batch], training, weights) as passes:
+    count = max(1, min(training.passes_per_step - training.mixed, len(form.widths)))
+    with repeatable(device), _passes(pair, depth, windows[: training.distill_batch], form, training, weights) as passes:
         for step in range(first, steps):
             generator = generator_for(seed, NAME, 0, step)
             picked = draws.pick(generator, count)
             batch = torch.randperm(windows.shape[0], generator=generator)[: training.distill_batch]
             passes.teach(windows[batch.to(device)])
-            losses = torch.stack([passes.learn(one) for one in picked]).tolist()
-            torch.nn.utils.clip_grad_norm_(parameters, training.clip_norm * count)
+            mixtures = [mixture(generator, depth.places, len(form.widths))] if training.mixed else []
+            losses = torch.stack([passes.learn(one) for one in (*picked, *mixtures)]).tolist()
+            torch.nn.utils.clip_grad_norm_(parameters, training.clip_norm * len(losses))
             set_rate(optimizer, step, steps)
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
             project(latents)
-            for one, loss in zip(picked, losses, strict=True):
-                sums.setdefault(one, []).append(loss)
-                width = form.widths[one - 1]
-                recent[width] = loss if width not in recent else 0.9 * recent[width] + 0.1 * loss
+            names = [*(form.widths[one - 1] for one in picked), *(MIXED for _ in mixtures)]
+            for name, loss in zip(names, losses, strict=True):
+                sums.setdefault(name, []).append(loss)
+                recent[name] = loss if name not in recent else 0.9 * recent[name] + 0.1 * loss
             if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
-                means = {str(form.widths[d - 1]): round(sum(v) / len(v), 5) for d, v in sorted(sums.items())}
+                means = {MIXES if w == MIXED else str(w): round(sum(v) / len(v), 5) for w, v in sorted(sums.items())}
                 log.append({"step": step + 1, "kl": means, "weights": weights})
                 sums.clear()
                 work.save(NAME, lambda: {**tensors(latents), **_moments(optimizer)}, {"step": step + 1, "log": log})
-            progress("training end to end", step + 1, steps, f"KL {by_width(recent)}")
+            shown = {width: loss for width, loss in recent.items() if width != MIXED}
+            progress("training end to end", step + 1, steps, f"KL {by_width(shown)}")
     return log
 
 
 @contextmanager
-def _passes(pair: Pair, depth: Depth, tokens: Int[Tensor, "S L"], training: Training, weights: bool) -> Iterator[Passes]:
+def _passes(
+    pair: Pair, depth: Depth, tokens: Int[Tensor, "S L"], form: Format, training: Training, weights: bool
+) -> Iterator[Passes]:
     """Passes over batches like `tokens`, captured on CUDA unless blocks are recomputed."""
     if not tokens.is_cuda or not weights:
         yield Passes(pair, depth, training.loss_power)
         return
     with steady(pair.student, pair.stack, tokens), steady(pair.teacher, pair.originals, tokens):
-        yield CapturedPasses(pair, depth, training.loss_power, tokens)
+        yield CapturedPasses(pair, depth, training.loss_power, tokens, form)
 
 
 def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

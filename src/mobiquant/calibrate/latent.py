@@ -10,8 +10,9 @@ moves the whole grid with its codes, instead of moving weights to other cells.
 The start are codes: a position is the centre of the finest cell of its code. `project` keeps positions on the grid.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -27,11 +28,14 @@ from mobiquant.linear import MobiLinear, mobilinears
 TENSORS = ("position", "log_scale", "zero")
 
 
+def _cells(form: Format, depth: int) -> float:
+    return 2.0 ** (form.widths[depth - 1] - form.slices[0])
+
+
 def centre(position: Float[Tensor, "N K"], form: Format, depth: int) -> Float[Tensor, "N K"]:
     """Centre of the cell of each position at a depth, in base steps; gradients pass inside the grid and stop outside."""
-    width = form.widths[depth - 1]
-    cells = 2.0 ** (width - form.slices[0])
-    inside = (position * cells).clamp(0, 2**width - 1e-3)
+    cells = _cells(form, depth)
+    inside = (position * cells).clamp(0, 2 ** form.widths[depth - 1] - 1e-3)
     return (inside + (inside.floor() + 0.5 - inside).detach()) / cells
 
 
@@ -52,19 +56,47 @@ def lower(device: torch.device) -> AbstractContextManager[Any]:
 
 
 class Depth:
-    """The depth at which all layers of one model read: one object, shared."""
+    """The depths at which the layers of one model read, one object for all of them.
 
-    def __init__(self, value: int):
+    `value` is one depth for every layer, or one for each place: layers that read the same input share a place. `held` fp32
+    [places] says the same as cells in a base step, on a device where kernels read it: so a captured pass serves every depth.
+    """
+
+    def __init__(self, value: int | Sequence[int]):
         self.value = value
+        self.places = 0
+        self.held: Float[Tensor, " P"] | None = None
+
+    def at(self, place: int) -> int:
+        """The depth of the layers at a place."""
+        return self.value if isinstance(self.value, int) else self.value[place]
+
+    def cells(self, place: int, form: Format, device: torch.device) -> Float[Tensor, ""]:
+        """Cells in a base step at the depth of a place, on a device."""
+        return _tensor(_cells(form, self.at(place)), device) if self.held is None else self.held[place]
+
+    def hold(self, device: torch.device) -> None:
+        """Keep the cells of all places in one tensor from now on; `fill` sets them."""
+        self.held = torch.ones(self.places, device=device)
+
+    def fill(self, form: Format) -> None:
+        """Put what `value` says into the tensor that is held."""
+        assert self.held is not None
+        self.held.copy_(torch.tensor([_cells(form, self.at(place)) for place in range(self.places)]))
+
+
+@lru_cache(maxsize=64)
+def _tensor(value: float, device: torch.device) -> Float[Tensor, ""]:
+    return torch.tensor(value, device=device)
 
 
 class LatentLinear(nn.Module):
-    """`MobiLinear` in training; `forward` maps [..., K] to [..., N] at the shared depth."""
+    """`MobiLinear` in training; `forward` maps [..., K] to [..., N] at the depth of its place."""
 
-    def __init__(self, layer: MobiLinear, depth: Depth):
+    def __init__(self, layer: MobiLinear, depth: Depth, place: int = 0):
         super().__init__()
         form, packed = layer.format, layer.packed()
-        self.format, self.depth = form, depth
+        self.format, self.depth, self.place = form, depth, place
         step = 2.0 ** (form.slices[0] - sum(form.slices))
         self.position = nn.Parameter((pack.unpack(packed.planes, layer.in_features).float() + 0.5) * step)
         self.log_scale = nn.Parameter(layer.scale.float().log())
@@ -80,16 +112,17 @@ class LatentLinear(nn.Module):
         return scale, self.zero + (stored - self.zero).detach()
 
     def weight(self, dtype: torch.dtype) -> Float[Tensor, "N K"]:
-        """The weight at the shared depth, differentiable."""
-        form, depth = self.format, self.depth.value
+        """The weight at the depth of its place, differentiable."""
+        form = self.format
         if kernels.usable(self.position):
             from mobiquant.kernels import grid
 
-            sizes = form.group_size, form.widths[depth - 1], form.slices[0], (s.MIN_SCALE, s.MAX_SCALE), s.ZERO_BITS
-            return grid.Read.apply(self.position, self.log_scale, self.zero, *sizes, dtype)  # type: ignore[return-value]
+            cells = self.depth.cells(self.place, form, self.position.device)
+            sizes = form.group_size, form.slices[0], (s.MIN_SCALE, s.MAX_SCALE), s.ZERO_BITS
+            return grid.Read.apply(self.position, self.log_scale, self.zero, cells, *sizes, dtype)  # type: ignore[return-value]
         scale, zero = self.grid()
         columns = self.position.shape[1]
-        level = centre(self.position, form, depth) - s.expand(zero + 0.5, form.group_size, columns)
+        level = centre(self.position, form, self.depth.at(self.place)) - s.expand(zero + 0.5, form.group_size, columns)
         return (s.expand(scale, form.group_size, columns) * level).to(dtype)
 
     def forward(self, x: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch N"]:
@@ -108,7 +141,11 @@ class LatentLinear(nn.Module):
 
 def open_latents(module: nn.Module, depth: Depth) -> dict[str, LatentLinear]:
     """Put a trainable layer in the place of every quantised one; returns them by name."""
-    latents = {name: LatentLinear(layer, depth) for name, layer in mobilinears(module).items()}
+    layers, places = mobilinears(module), {}
+    for layer in layers.values():
+        places.setdefault(id(layer.owner), len(places))
+    latents = {name: LatentLinear(layer, depth, places[id(layer.owner)]) for name, layer in layers.items()}
+    depth.places = len(places)
     for name, latent in latents.items():
         blocks.replace(module, name, latent)
     return latents

@@ -4,12 +4,12 @@ What: `teach` sets the next-token distributions that are wanted, `learn` adds th
 `KL(float || student)^p / p`, its logarithm for p = 0: depths of few bits diverge a hundred times more than those of many, and
 with p = 1 they would own the code.
 
-How: launching the small operations of a model costs more than doing them, so on CUDA a pass is captured once for each depth as
-a graph and replayed. Models look at values while they build attention masks, which cannot be captured: blocks are given the
-arguments that an ordinary pass gave them.
+How: launching the small operations of a model costs more than doing them, so on CUDA a pass is captured once as a graph and
+replayed: depths lie in device memory. Models look at values while they build attention masks, which cannot be captured: blocks
+are given the arguments that an ordinary pass gave them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from mobiquant import blocks, kernels
 from mobiquant.calibrate.latent import Depth, lower
+from mobiquant.config import Format
 
 WARM_UP = 2
 
@@ -76,8 +77,8 @@ class Passes:
         self.wanted = logits.flatten(0, 1)
 
     @torch.enable_grad()
-    def learn(self, depth: int) -> Float[Tensor, ""]:
-        """Add the gradients of the batch read at a depth; returns the divergence in nats a token."""
+    def learn(self, depth: int | Sequence[int]) -> Float[Tensor, ""]:
+        """Add the gradients of the batch read at a depth, or at one for each place; returns the divergence in nats a token."""
         self.depth.value = depth
         with lower(self.tokens.device):
             logits = self.student(self.tokens, use_cache=False).logits
@@ -89,14 +90,15 @@ class Passes:
 class CapturedPasses(Passes):
     """Passes on CUDA replayed as graphs, for batches of one shape; `.grad` of the student must be there and stay in place."""
 
-    def __init__(self, pair: Pair, depth: Depth, power: float, tokens: Int[Tensor, "S L"]):
+    def __init__(self, pair: Pair, depth: Depth, power: float, tokens: Int[Tensor, "S L"], form: Format):
         super().__init__(pair, depth, power)
-        self.tokens = tokens.clone()
+        self.tokens, self.form = tokens.clone(), form
         self.pool = torch.cuda.graph_pool_handle()
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self.made: dict[int, Tensor] = {}
+        self.graphs: dict[str, torch.cuda.CUDAGraph] = {}
+        self.made: dict[str, Tensor] = {}
+        depth.hold(tokens.device)
 
-    def _replay(self, key: int, work: Callable[[], Tensor]) -> Tensor:
+    def _replay(self, key: str, work: Callable[[], Tensor]) -> Tensor:
         if key not in self.graphs:
             kept = [(p, p.grad.clone()) for p in self.student.parameters() if p.grad is not None]
             beside = torch.cuda.Stream()
@@ -118,15 +120,17 @@ class CapturedPasses(Passes):
     def teach(self, tokens: Int[Tensor, "S L"]) -> None:
         """As `Passes.teach`."""
         self.tokens.copy_(tokens)
-        self._replay(0, self._predict)
+        self._replay("teach", self._predict)
 
     def _predict(self) -> Tensor:
         super().teach(self.tokens)
         return self.wanted
 
-    def learn(self, depth: int) -> Float[Tensor, ""]:
+    def learn(self, depth: int | Sequence[int]) -> Float[Tensor, ""]:
         """As `Passes.learn`."""
-        return self._replay(depth, lambda: super(CapturedPasses, self).learn(depth)).clone()
+        self.depth.value = depth
+        self.depth.fill(self.form)
+        return self._replay("learn", lambda: super(CapturedPasses, self).learn(depth)).clone()
 
 
 @contextmanager

@@ -26,12 +26,16 @@ def _rounded(x):
 
 @triton.jit
 @no_type_check
-def _place(position, log_scale, zero, N, K, G, size, cells, last, steps, least, most, R: tl.constexpr, P: tl.constexpr):
+def _place(
+    position, log_scale, zero, cells_at, N, K, G, size, base_steps, steps, least, most, R: tl.constexpr, P: tl.constexpr
+):
     """Where the program works, and what it needs there: positions in cells, scale as stored, shift, and unrounded scale."""
     row, group = tl.program_id(0) * R + tl.arange(0, R)[:, None], tl.program_id(1)
     lane = tl.arange(0, P)[None, :]
     column = group * size + lane
     inside = (row < N) & (lane < size) & (column < K)
+    cells = tl.load(cells_at)
+    last = cells * base_steps - 1e-3
     at = row.to(tl.int64) * K + column
     raw = tl.exp(tl.load(log_scale + row * G + group, mask=row < N, other=0.0))
     scale = tl.minimum(tl.maximum(raw, least), most).to(tl.float16).to(tl.float32)
@@ -39,16 +43,16 @@ def _place(position, log_scale, zero, N, K, G, size, cells, last, steps, least, 
     shift = stored / steps + 0.5
     cell = tl.load(position + at, mask=inside, other=0.0) * cells
     level = (tl.floor(tl.minimum(tl.maximum(cell, 0.0), last)) + 0.5) / cells
-    return row, group, at, inside, cell, level, scale, shift, raw
+    return row, group, at, inside, cell, last, level, scale, shift, raw
 
 
 @triton.jit
 @no_type_check
 def _read(
-    position, log_scale, zero, out, N, K, G, size, cells, last, steps, least, most, R: tl.constexpr, P: tl.constexpr
+    position, log_scale, zero, cells_at, out, N, K, G, size, base_steps, steps, least, most, R: tl.constexpr, P: tl.constexpr
 ):  # fmt: skip
-    _, _, at, inside, _, level, scale, shift, _ = _place(
-        position, log_scale, zero, N, K, G, size, cells, last, steps, least, most, R, P
+    _, _, at, inside, _, _, level, scale, shift, _ = _place(
+        position, log_scale, zero, cells_at, N, K, G, size, base_steps, steps, least, most, R, P
     )
     tl.store(out + at, (scale * (level - shift)).to(out.dtype.element_ty), mask=inside)
 
@@ -56,11 +60,11 @@ def _read(
 @triton.jit
 @no_type_check
 def _back(
-    position, log_scale, zero, slope, d_position, d_log, d_zero, N, K, G, size, cells, last, steps, least, most,
+    position, log_scale, zero, cells_at, slope, d_position, d_log, d_zero, N, K, G, size, base_steps, steps, least, most,
     R: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    row, group, at, inside, cell, level, scale, shift, raw = _place(
-        position, log_scale, zero, N, K, G, size, cells, last, steps, least, most, R, P
+    row, group, at, inside, cell, last, level, scale, shift, raw = _place(
+        position, log_scale, zero, cells_at, N, K, G, size, base_steps, steps, least, most, R, P
     )
     g = tl.load(slope + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(d_position + at, tl.where((cell >= 0.0) & (cell <= last), scale * g, 0.0), mask=inside)
@@ -73,29 +77,28 @@ def _back(
 class Read(torch.autograd.Function):
     """Weights [N, K] of `dtype` from position [N, K], log scale and zero point [N, G], all fp32 and contiguous.
 
-    `width` and `base` are the bits of the depth and of the base slice, `bounds` least and greatest scale, `zero_bits` the bits
-    in which a zero point is stored. Rounding passes gradients straight through; a position outside the grid gets none.
+    `cells`, fp32 with one element, are those in a base step at the depth, `base` the width of the first slice, `bounds` are
+    least and greatest scale, `zero_bits` the bits in which a zero point is stored. Rounding passes gradients straight
+    through; a position outside the grid gets none.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, position: Tensor, log_scale: Tensor, zero: Tensor, group_size: int, width: int, base: int,
+        ctx: Any, position: Tensor, log_scale: Tensor, zero: Tensor, cells: Tensor, group_size: int, base: int,
         bounds: tuple[float, float], zero_bits: int, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
         (rows, columns), groups = position.shape, log_scale.shape[1]
-        ctx.numbers = (
-            rows, columns, groups, group_size, 2.0 ** (width - base), 2.0**width - 1e-3, 2.0 ** (zero_bits - base), *bounds
-        )  # fmt: skip
+        ctx.numbers = rows, columns, groups, group_size, 2.0**base, 2.0 ** (zero_bits - base), *bounds
         ctx.sizes = {"R": ROWS, "P": triton.next_power_of_2(group_size)}
-        ctx.save_for_backward(position, log_scale, zero)
+        ctx.save_for_backward(position, log_scale, zero, cells)
         out = torch.empty(position.shape, dtype=dtype, device=position.device)
-        _read[(triton.cdiv(rows, ROWS), groups)](position, log_scale, zero, out, *ctx.numbers, **ctx.sizes)
+        _read[(triton.cdiv(rows, ROWS), groups)](position, log_scale, zero, cells, out, *ctx.numbers, **ctx.sizes)
         return out
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        position, log_scale, zero = ctx.saved_tensors
+        position, log_scale, zero, cells = ctx.saved_tensors
         made = torch.empty_like(position), torch.empty_like(log_scale), torch.empty_like(zero)
         grid = (triton.cdiv(position.shape[0], ROWS), log_scale.shape[1])
-        _back[grid](position, log_scale, zero, slope.contiguous(), *made, *ctx.numbers, **ctx.sizes)
+        _back[grid](position, log_scale, zero, cells, slope.contiguous(), *made, *ctx.numbers, **ctx.sizes)
         return *made, None, None, None, None, None, None
