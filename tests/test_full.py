@@ -14,6 +14,7 @@ from mobiquant import InputError, blocks, data
 from mobiquant import slices as s
 from mobiquant.budget import checkpoint_of
 from mobiquant.calibrate import distill, latent, nested, passes, sensitivity, work
+from mobiquant.calibrate import full as running
 from mobiquant.calibrate.streams import FLOAT, Streams, fixed
 from mobiquant.cli import app
 from mobiquant.config import Format, Training
@@ -129,6 +130,33 @@ def test_codes_have_seen_mixed_depths_unless_told_otherwise(tmp_path):
     logs = [full(tmp_path, replace(short, mixed=mixed))._mobiquant_log for mixed in (True, False)]
     seen = [set(next(entry["kl"] for entry in log if "kl" in entry and "step" in entry)) for log in logs]
     assert seen == [{"2", "3", "4", "6", "8", "mixed"}, {"2", "3", "4", "6", "8"}]
+
+
+def test_routers_see_windows_that_codes_do_not(tmp_path, monkeypatch):
+    windows = torch.arange(40)[:, None]
+    kept = running.held_out(windows, 0.25)
+    assert not kept.any() and not running.held_out(windows, 0.0).any()
+    monkeypatch.setattr(running, "LEAST_HELD", 2)
+    kept = running.held_out(windows, 0.25)
+    assert kept.nonzero().flatten().tolist() == list(range(3, 40, 4))
+    seen = {"codes": [], "routers": [], "gains": []}
+
+    def watch(module, name, key, place):
+        original = getattr(module, name)
+
+        def watched(*args, **kwargs):
+            seen[key].append(args[place])
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, watched)
+
+    watch(distill, "distill", "codes", 3)
+    watch(running.routing, "train", "routers", 3)
+    watch(sensitivity, "gains", "gains", 1)
+    full(tmp_path, replace(SHORT, block_steps=0, held_out=0.25), samples=16)
+    rows = {key: {tuple(row) for one in found for row in one.tolist()} for key, found in seen.items()}
+    assert rows["routers"] == rows["gains"] and len(rows["routers"]) >= 2 and len(rows["codes"]) > len(rows["routers"])
+    assert not rows["codes"] & rows["routers"]
 
 
 def test_one_loud_token_does_not_own_the_block_loss():
@@ -359,7 +387,9 @@ def test_a_budget_of_minutes_bounds_the_steps(tmp_path):
     assert not steps or steps[-1] < 10**4
 
 
-@pytest.mark.parametrize("bad", [{"block_steps": -1}, {"distill_batch": 0}, {"budget_minutes": 0}, {"passes_per_step": 0}])
+@pytest.mark.parametrize(
+    "bad", [{"block_steps": -1}, {"distill_batch": 0}, {"budget_minutes": 0}, {"passes_per_step": 0}, {"held_out": 0.6}]
+)
 def test_bad_training_is_refused(bad):
     with pytest.raises(InputError, match=r"is not usable|leaves no time"):
         Training(**bad)

@@ -100,6 +100,7 @@ ABLATIONS = {
     "with block training": "--block-steps 100",
     "without end-to-end training": "--block-steps 100 --distill-steps 0",
     "no mixed depths": "--no-mixed",
+    "routers on text of their own": "--held-out 0.125",
     "routers by regression": "--routing-steps 0",
     "routers by regression, layers alike": "--routing-steps 0 --no-sensitivity",
     "routers per linear": "--routers per-linear",

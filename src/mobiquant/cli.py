@@ -68,13 +68,15 @@ def _say(message: str) -> None:
 
 def training(
     block_steps: int | None, distill_steps: int, routing_steps: int, mixed: bool, sensitivity: bool, whole_text: bool,
-    minutes: float | None,
+    held_out: float, minutes: float | None,
 ) -> Any:  # fmt: skip
     """How the full recipe trains."""
     from mobiquant.config import Training
 
     steps = {"block_steps": block_steps, "distill_steps": distill_steps, "routing_steps": routing_steps}
-    return Training(**steps, mixed=mixed, sensitivity=sensitivity, whole_text=whole_text, budget_minutes=minutes)
+    return Training(
+        **steps, mixed=mixed, sensitivity=sensitivity, whole_text=whole_text, held_out=held_out, budget_minutes=minutes
+    )
 
 
 @app.command()
@@ -99,6 +101,7 @@ def quantize(
     sensitivity: Annotated[bool, typer.Option(help="Full recipe: routers compare layers by what each is worth.")] = True,
     routing_steps: Annotated[int, typer.Option(help="Full recipe: steps for routers end to end, 0 to leave it out.")] = 200,
     whole_text: WholeText = True,
+    held_out: Annotated[float, typer.Option(help="Full recipe: share of the text that routers alone see.")] = 0.0,
     budget_minutes: Annotated[float | None, typer.Option(help="Full recipe: bound on the whole; takes fewer steps.")] = None,
     work_dir: Annotated[Path | None, typer.Option(help="Full recipe: folder to keep what is done in.")] = None,
     resume: Annotated[bool, typer.Option(help="Full recipe: go on with the run in --work-dir.")] = False,
@@ -122,7 +125,7 @@ def quantize(
     if recipe != "full" and (work_dir or resume or budget_minutes):
         raise InputError(f"recipe {recipe} keeps no work: --work-dir, --resume and --budget-minutes need --recipe full")
     steps = block_steps, distill_steps, routing_steps
-    trained = training(*steps, mixed, sensitivity, whole_text, budget_minutes) if recipe == "full" else None
+    trained = training(*steps, mixed, sensitivity, whole_text, held_out, budget_minutes) if recipe == "full" else None
     from mobiquant import calibrate, checkpoint, estimate
 
     checkpoint.check_output(output, overwrite)

@@ -127,11 +127,12 @@ class Training:
     """How the full recipe trains; a stage with no steps is left out. `block_steps` None leaves that to the end-to-end stage.
 
     Rates are those of AdamW: of the places of weights and of zero points in base steps, of the logarithm of scales. The
-    divergence of each depth enters the loss as `KL^loss_power / loss_power`, its logarithm at 0. With `sensitivity` routers
+    divergence of each depth enters the loss as `KL^loss_power / loss_power`, its logarithm at 0. An end-to-end step makes
+    `passes_per_step` passes, each at another depth, the last at a mixture of two where `mixed`. With `sensitivity` routers
     compare layers by what each is worth to the model; then `routing_steps` train them end to end, `router_rate` being the rate
     of Adam for the biases of scores. The end-to-end stages draw windows from the `whole_text`, or from the calibration windows
-    alone, which are what the other recipes see. An end-to-end step makes `passes_per_step` passes, each at another depth, the
-    last at a mixture of two where `mixed`. `budget_minutes` bounds the whole recipe by taking fewer steps.
+    alone, which are what the other recipes see; `held_out` is the share of these that codes leave to the routers.
+    `budget_minutes` bounds the whole recipe by taking fewer steps.
     """
 
     block_steps: int | None = None
@@ -149,6 +150,7 @@ class Training:
     routing_steps: int = 200
     router_rate: float = 6e-2
     whole_text: bool = True
+    held_out: float = 0.0
     budget_minutes: float | None = None
 
     def __post_init__(self) -> None:
@@ -158,6 +160,8 @@ class Training:
             given = getattr(self, name)
             if given is not None and given < value:
                 raise InputError(f"{name.replace('_', ' ')} of {given} is not usable: give {value} or more")
+        if not 0 <= self.held_out <= 0.5:
+            raise InputError(f"held out of {self.held_out:g} is not usable: give a share of the text from 0 to 0.5")
         if self.budget_minutes is not None and self.budget_minutes <= 0:
             raise InputError(f"a budget of {self.budget_minutes:g} minutes leaves no time: give more than 0")
 

@@ -7,15 +7,19 @@
    (`routers`);
 4. routers trained end to end (`routing`), then the table of thresholds (`thresholds`).
 
+Part of the text can be held out of end-to-end training, for routers and thresholds alone: what codes know by heart says little
+about which tokens need more bits elsewhere.
+
 Stages are left out by giving them no steps. With a work folder a killed run goes on where it was and ends with the same bytes.
 """
 
 import time
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mobiquant import blocks
@@ -36,6 +40,17 @@ TRIAL_STEPS = 4
 BLOCK_STEPS = 100
 # sequences that routers are fitted to
 ROUTED = 32
+# windows kept from the training of codes; a text that gives fewer is used for everything
+LEAST_HELD = 32
+
+
+def held_out(windows: Int[Tensor, "W L"], share: float) -> Bool[Tensor, " W"]:
+    """Which windows are kept for the routers: every so many-th one, or none where they would be too few."""
+    every = round(1 / share) if share else 0
+    kept = torch.zeros(len(windows), dtype=torch.bool)
+    if every and len(windows) // every >= LEAST_HELD:
+        kept[every - 1 :: every] = True
+    return kept
 
 
 class Plan:
@@ -60,7 +75,7 @@ class Plan:
 class Run:
     """One run of the recipe on a model that `fast` has quantised.
 
-    `tokens` are for blocks and the start of routers, `windows` are what the end-to-end stages draw from.
+    `tokens` are for blocks, `windows` are what the end-to-end stages draw from; routers see those that are held out of these.
     """
 
     pair: Pair
@@ -89,10 +104,20 @@ class Run:
         if self.plan.training.routing_steps:
             fitted, more = self._train_routers(fitted)
             log += more
-        hidden, calls = self._capture(thresholds.beginnings(self.tokens, self.device))
+        hidden, calls = self._capture(thresholds.beginnings(self.unseen, self.device))
         measured = thresholds.Measured(hidden, self.form, fitted, self.device)
         measured.run(self.pair.stack, calls, self.progress)
         return replace(self.stored, thresholds=measured.table()), log
+
+    @cached_property
+    def held(self) -> Bool[Tensor, " W"]:
+        """Which windows codes are not trained on."""
+        return held_out(self.windows, self.plan.training.held_out)
+
+    @property
+    def unseen(self) -> Int[Tensor, "S L"]:
+        """Windows for the start of routers and for thresholds."""
+        return self.windows[self.held] if self.held.any() else self.tokens
 
     @property
     def block_steps(self) -> int:
@@ -152,7 +177,7 @@ class Run:
         original.to(device).requires_grad_(False)
         for latent in latents.values():
             latent.requires_grad_(True)
-        everything = (self.pair, latents, depth, self.windows.to(device), self.form)
+        everything = (self.pair, latents, depth, self.windows[~self.held].to(device), self.form)
 
         def trial() -> float:
             still = replace(plan.training, distill_steps=TRIAL_STEPS, position_rate=0.0, scale_rate=0.0, zero_rate=0.0)
@@ -176,7 +201,7 @@ class Run:
 
     def _offsets(self) -> dict[str, Float[Tensor, " R"]]:
         """What the slices of each input's layers are worth, as offsets of scores."""
-        gains = sensitivity.gains(self.pair, self.tokens, self.form, self.device, self.progress)
+        gains = sensitivity.gains(self.pair, self.unseen, self.form, self.device, self.progress)
         layers = dict(self.pair.student.named_modules())
         sizes = {name: layers[name].in_features * layers[name].out_features for name in gains}  # type: ignore[operator]
         return sensitivity.offsets(gains, self.stored.inputs, sizes)
@@ -185,8 +210,9 @@ class Run:
         """Fit all routers to the codes as they are now."""
         form, fitted, pair = self.form, [], self.pair
         offsets = self._offsets() if self.plan.training.sensitivity else {}
-        few = torch.linspace(0, len(self.tokens) - 1, min(ROUTED, len(self.tokens))).long()
-        hidden, calls = self._capture(self.tokens[few])
+        tokens = self.unseen
+        few = torch.linspace(0, len(tokens) - 1, min(ROUTED, len(tokens))).long()
+        hidden, calls = self._capture(tokens[few])
         streams = Streams(hidden, fast.readings(form), self.settings.batch, self.device)
         for index, (original, quantised) in enumerate(zip(pair.originals, pair.stack, strict=True)):
             stage, head = _Pair(original, quantised, index, calls, self.device), f"{pair.root}.{index}."
@@ -213,7 +239,8 @@ class Run:
         def steps(seconds: float) -> int:
             return plan.steps(routing.NAME, plan.training.routing_steps, ROUTING_SHARE, 1, lambda: seconds)
 
-        everything = (self.pair, inputs, fitted, self.windows, self.form, plan.training, steps, self.settings.seed)
+        windows = self.windows[self.held] if self.held.any() else self.windows
+        everything = (self.pair, inputs, fitted, windows, self.form, plan.training, steps, self.settings.seed)
         return routing.train(*everything, self.device, plan.work, self.progress)
 
 
