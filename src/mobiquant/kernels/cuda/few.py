@@ -1,0 +1,141 @@
+"""Few tokens by all layers that read one input, in one launch of `few.cu`: router, thresholds and products.
+
+A `Group` is prepared once from the layers and their router. Thresholds, caps and counters are device tensors whose addresses
+are handed over, so a captured CUDA graph follows when they are changed in place.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float, Float32, Float64, Int64
+from torch import Tensor
+
+from mobiquant.kernels.cuda import compiler
+from mobiquant.kernels.cuda.tiles import LANES, RouterTiles, Tiles, pieces_of
+
+MEMBERS, MOST, WARPS = 4, 16, 16
+DTYPES = (torch.float16, torch.bfloat16)
+# bytes of shared memory that a block may take on every GPU that the kernels are for, and of one that has less than Hopper
+MEMORY = {(8, 0): 163 << 10, (8, 7): 163 << 10, (8, 6): 99 << 10, (8, 9): 99 << 10, (12, 0): 99 << 10, (12, 1): 99 << 10}
+USUAL_MEMORY = 227 << 10
+
+
+@lru_cache(maxsize=8)
+def parameters(pieces: int) -> type[ctypes.Structure]:
+    """`Params` of `few.cu` for a number of pieces."""
+    address, whole = ctypes.c_uint64, ctypes.c_int32
+
+    class Member(ctypes.Structure):
+        _fields_ = [("pieces", address * pieces)] + [(n, address) for n in ("scale", "zero", "bias", "out")] \
+            + [("rows", whole), ("end", whole)]  # fmt: skip
+
+    class Router(ctypes.Structure):
+        names = ("weight", "weight_scale", "rms", "bias", "out", "out_bias", "partial", "depth", "state")
+        _fields_ = [(n, address) for n in names] + [("hidden", whole), ("scores", whole)]
+
+    class Params(ctypes.Structure):
+        _fields_ = [("members", Member * MEMBERS), ("router", Router)] + [(n, address) for n in ("x", "tau", "cap", "read")] \
+            + [(n, whole) for n in ("tokens", "columns", "column_tiles", "groups", "entries", "depths", "parts")]  # fmt: skip
+
+    return Params
+
+
+class Group:
+    """Layers that read one input, their weights in tiles on one device, with the router that decides for them."""
+
+    def __init__(self, members: Sequence[Tiles], biases: Sequence[Tensor | None], router: RouterTiles | None):
+        if not 1 <= len(members) <= MEMBERS:
+            raise ValueError(f"{len(members)} layers of one input: a launch takes 1 to {MEMBERS}")
+        first = members[0]
+        self.members, self.router, self.device = members, router, first.scale.device
+        self.biases = [None if bias is None else bias.float().contiguous() for bias in biases]
+        self.group_size = first.group_size
+        self.blocks = min(sum(one.scale.shape[0] for one in members), processors(self.device))
+        self.limit = shared_memory(self.device)
+        pieces = pieces_of(first.slices)
+        self.definitions = (
+            ("GROUP", first.group_size), ("BASE", first.slices[0]), ("PIECES", len(pieces)),
+            ("WIDTHS", ",".join(str(one.width) for one in pieces)), ("DEPTHS", ",".join(str(one.depth) for one in pieces)),
+            ("ENDS", ",".join(str(one.end) for one in pieces)),
+        )  # fmt: skip
+        self.params = parameters(len(pieces))()
+        self._fill(first)
+
+    def _fill(self, first: Tiles) -> None:
+        """What stays the same from launch to launch."""
+        p, end = self.params, 0
+        p.columns, p.column_tiles, p.groups = first.columns, first.pieces[0].shape[1], first.scale.shape[1]
+        p.depths = len(first.slices)
+        for to, one, bias in zip(p.members, self.members, self.biases, strict=False):
+            end += one.scale.shape[0]
+            for i, piece in enumerate(one.pieces):
+                to.pieces[i] = piece.data_ptr()
+            to.scale, to.zero, to.bias = one.scale.data_ptr(), one.zero.data_ptr(), 0 if bias is None else bias.data_ptr()
+            to.rows, to.end = one.rows, end
+        hidden = self.router.router.weight.shape[0] if self.router else 0
+        p.parts = min(self.blocks, p.column_tiles)
+        self.state = torch.zeros(3, dtype=torch.int32, device=self.device)
+        self.depth = torch.zeros(MOST, dtype=torch.int32, device=self.device)
+        self.partial = torch.zeros(p.parts * (hidden + 1) * MOST, device=self.device)
+        p.router.state, p.router.depth, p.router.partial = (t.data_ptr() for t in (self.state, self.depth, self.partial))
+        if self.router:
+            stored = self.router.router
+            # held, since addresses are
+            self.held = [self.router.weight, *(t.contiguous() for t in vars(stored).values())]
+            names = ("weight_scale", "rms", "bias", "out", "out_bias")
+            p.router.weight = self.router.weight.data_ptr()
+            for name, tensor in zip(names, self.held[2:], strict=True):
+                setattr(p.router, name, tensor.data_ptr())
+            p.router.hidden, p.router.scores = hidden, stored.out.shape[0]
+
+    def memory(self, tokens: int) -> int:
+        """Bytes of shared memory for so many tokens: x in bytes, scale and sum of x in each unit, and sums of warps, twice."""
+        p, padded = self.params, 4 * fours(tokens)
+        units = p.column_tiles * (64 // min(self.group_size, 64))
+        return 2 * padded * (p.column_tiles * 64 + 64) + units * padded * 8 + 2 * WARPS * padded * 33 * 4
+
+    def most(self) -> int:
+        """Tokens that one launch takes: 16, or fewer where shared memory does not hold x of so many."""
+        return next((n for n in (16, 8, 4) if self.memory(n) <= self.limit), 0)
+
+    def kernel(self, dtype: torch.dtype, tokens: int) -> compiler.Kernel:
+        """The kernel for a dtype of activations and up to 4, 8 or 16 tokens."""
+        more = ("BF16", int(dtype == torch.bfloat16)), ("NT", fours(tokens)), ("WARPS", WARPS)
+        return compiler.kernel("few", (*self.definitions, *more), self.device.index or 0)
+
+    def __call__(
+        self, x: Float[Tensor, "T K"], tau: Float32[Tensor, " P"], cap: Int64[Tensor, " P"], read: Float64[Tensor, "P E"]
+    ) -> list[Float[Tensor, "T _"]]:
+        """Products of 1 to 16 tokens, one for each layer; `tau` and `cap` are for T / P tokens each, `read` counts weights.
+
+        Raises ValueError for more tokens than `most` says.
+        """
+        tokens, p, x = x.shape[0], self.params, x.contiguous()
+        if tokens > self.most():
+            raise ValueError(f"{tokens} tokens of {p.columns} columns: a launch takes {self.most()}")
+        out = [x.new_empty(tokens, one.rows) for one in self.members]
+        if not tokens:
+            return out
+        for to, one in zip(p.members, out, strict=False):
+            to.out = one.data_ptr()
+        p.x, p.tau, p.cap, p.read = x.data_ptr(), tau.data_ptr(), cap.data_ptr(), read.data_ptr()
+        p.tokens, p.entries = tokens, tau.numel()
+        self.kernel(x.dtype, tokens).launch(self.blocks, WARPS * LANES, p, self.memory(tokens))
+        return out
+
+
+def fours(tokens: int) -> int:
+    """Fours of tokens that a kernel is compiled for: 1, 2 or 4."""
+    return 1 if tokens <= 4 else 2 if tokens <= 8 else 4
+
+
+def processors(device: torch.device) -> int:
+    """Blocks that run at the same time: they wait for each other, so a launch has no more."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block may take."""
+    return MEMORY.get(torch.cuda.get_device_capability(device), USUAL_MEMORY)

@@ -1,0 +1,47 @@
+"""The GPU kernels run on a CPU: their sources compiled by the C++ compiler against `native/simt.h`, lanes in step."""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+from mobiquant.kernels.cuda import compiler
+
+HERE = Path(__file__).parent / "native"
+COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+FOLDER = Path(tempfile.gettempdir()) / f"mobiquant-emulated-{os.getuid()}"
+SOURCES = (HERE / "simt.h", HERE / "emulate.cpp", *compiler.HERE.glob("*.cu"))
+
+
+class Emulated(compiler.Kernel):
+    """Stands in for `compiler.Kernel`; `seed` draws the order of threads."""
+
+    seed = 0
+
+    def __init__(self, name, definitions):
+        options = [f"-D{key}={value}" for key, value in definitions]
+        text = "\0".join([name, *options, *(path.read_text() for path in SOURCES)])
+        library = FOLDER / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:20]}.so"
+        if not library.exists():
+            FOLDER.mkdir(exist_ok=True)
+            new = library.with_suffix(f".{os.getpid()}")
+            words = [COMPILER, "-O1", "-std=c++17", "-shared", "-fPIC", "-w", f"-I{HERE}", f"-DKERNEL={name}", *options]
+            built = subprocess.run([*words, str(HERE / "emulate.cpp"), "-o", str(new)], capture_output=True, text=True)
+            assert built.returncode == 0, built.stderr[-3000:]
+            new.replace(library)
+        self.run = ctypes.CDLL(str(library)).run
+        self.run.argtypes = (ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_ulong, ctypes.c_uint)
+
+    def launch(self, blocks, threads, parameters, memory=0):
+        if blocks:
+            self.run(ctypes.addressof(parameters), blocks, threads, memory, Emulated.seed)
+
+
+@lru_cache
+def kernel(name, definitions, _device):
+    """As `compiler.kernel`."""
+    return Emulated(name, definitions)

@@ -1,0 +1,210 @@
+// CUDA on a CPU, for tests: every thread of every block is a fiber, and the lanes of a warp meet where they exchange values.
+//
+// Fibers run one at a time, in an order that is drawn anew on every turn, so a barrier that is missing shows as a wrong result.
+// This stands in for `device.h`; the products of the tensor cores follow the layout of fragments that the PTX manual gives.
+
+#pragma once
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef unsigned short u16;
+typedef unsigned char u8;
+
+#define DEVICE static inline
+#define __device__
+#define __global__
+#define __grid_constant__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define SHARED_BYTES(name) u8 *name = simt::shared()
+#define SHARED_INT(name) int &name = simt::now->block->said
+
+struct alignas(16) Four {
+    u32 x, y, z, w;
+};
+struct alignas(8) Two {
+    u32 x, y;
+};
+struct alignas(8) Pair {
+    float x, y;
+};
+
+namespace simt {
+
+struct Index {
+    unsigned x;
+};
+
+struct Warp {
+    alignas(64) u32 held[2][32][8];
+    int arrived = 0, turn = 0;
+};
+
+struct Block {
+    std::vector<u8> memory;
+    std::vector<Warp> warps;
+    int said = 0, arrived = 0, turn = 0, threads = 0;
+};
+
+struct Thread {
+    ucontext_t context;
+    std::unique_ptr<u8[]> stack;
+    Block *block;
+    unsigned thread, number;
+    bool ended = false;
+};
+
+inline std::vector<std::unique_ptr<Thread>> threads;
+inline Thread *now;
+inline ucontext_t home;
+inline std::function<void()> body;
+inline unsigned blocks;
+constexpr size_t STACK = 96 << 10;
+
+inline u8 *shared() { return (u8 *)(((uintptr_t)now->block->memory.data() + 63) & ~(uintptr_t)63); }
+
+inline void yield() { swapcontext(&now->context, &home); }
+
+inline void entry() {
+    body();
+    now->ended = true;
+    yield();
+}
+
+// run `work` in every thread of a launch
+inline void launch(unsigned grid, unsigned per_block, size_t memory, unsigned seed, std::function<void()> work) {
+    std::vector<std::unique_ptr<Block>> made;
+    threads.clear(), body = work, blocks = grid;
+    for (unsigned b = 0; b < grid; b++) {
+        made.push_back(std::make_unique<Block>());
+        made[b]->memory.resize(memory + 64, 0xcd), made[b]->warps.resize(per_block / 32), made[b]->threads = per_block;
+        for (unsigned t = 0; t < per_block; t++) {
+            auto one = std::make_unique<Thread>();
+            one->stack.reset(new u8[STACK]), one->block = made[b].get(), one->thread = t, one->number = b;
+            getcontext(&one->context);
+            one->context.uc_stack.ss_sp = one->stack.get(), one->context.uc_stack.ss_size = STACK, one->context.uc_link = &home;
+            makecontext(&one->context, entry, 0);
+            threads.push_back(std::move(one));
+        }
+    }
+    u64 state = seed * 2654435761ull + 1;
+    for (size_t left = threads.size(), idle = 0; left;) {
+        state = state * 6364136223846793005ull + 1442695040888963407ull;
+        const size_t start = (state >> 33) % threads.size(), before = left;
+        for (size_t i = 0; i < threads.size(); i++) {
+            now = threads[(start + i) % threads.size()].get();
+            if (now->ended) continue;
+            swapcontext(&home, &now->context);
+            left -= now->ended;
+        }
+        idle = left == before ? idle + 1 : 0;
+        if (idle > 2000000) std::fprintf(stderr, "threads wait for each other\n"), std::abort();
+    }
+}
+
+// the values of all lanes of this warp, in the order of lanes, once all have come
+inline u32 (*meet(const u32 *own, int count))[8] {
+    Warp &warp = now->block->warps[now->thread / 32];
+    const int turn = warp.turn;
+    std::memcpy(warp.held[turn % 2][now->thread % 32], own, count * sizeof(u32));
+    if (++warp.arrived == 32) warp.arrived = 0, warp.turn++;
+    while (warp.turn == turn) yield();
+    return warp.held[turn % 2];
+}
+
+template <bool a_signed> inline void multiply(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    const u32 own[6] = {a[0], a[1], a[2], a[3], b0, b1};
+    const auto all = meet(own, 6);
+    const int lane = now->thread % 32;
+    const auto byte = [](u32 word, int i, bool with_sign) {
+        const u8 value = word >> (8 * i);
+        return with_sign ? (int)(signed char)value : (int)value;
+    };
+    for (int i = 0; i < 4; i++) {
+        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 32; k++) {
+            const int at = row % 8 * 4 + k % 16 / 4, from = column * 4 + k % 16 / 4;
+            c[i] += byte(all[at][row / 8 + k / 16 * 2], k % 4, a_signed) * byte(all[from][4 + k / 16], k % 4, true);
+        }
+    }
+}
+
+}  // namespace simt
+
+#define threadIdx (simt::Index{simt::now->thread})
+#define blockIdx (simt::Index{simt::now->number})
+#define gridDim (simt::Index{simt::blocks})
+
+inline void __syncthreads() {
+    simt::Block &block = *simt::now->block;
+    const int turn = block.turn;
+    if (++block.arrived == block.threads) block.arrived = 0, block.turn++;
+    while (block.turn == turn) simt::yield();
+}
+inline void __threadfence() { simt::yield(); }
+inline void pause() { simt::yield(); }
+template <class T, class V> inline T atomicAdd(T *to, V by) {
+    const T before = *to;
+    *to += by;
+    return before;
+}
+
+inline u32 __float_as_uint(float v) { u32 out; std::memcpy(&out, &v, 4); return out; }
+inline float __uint_as_float(u32 v) { float out; std::memcpy(&out, &v, 4); return out; }
+
+inline Four fetch_four(const u8 *from, bool wanted) { Four to = {0, 0, 0, 0}; if (wanted) std::memcpy(&to, from, 16); return to; }
+inline Two fetch_two(const u8 *from, bool wanted) { Two to = {0, 0}; if (wanted) std::memcpy(&to, from, 8); return to; }
+inline u32 fetch_one(const u8 *from, bool wanted) { u32 to = 0; if (wanted) std::memcpy(&to, from, 4); return to; }
+inline float load_shared_by_all(const float *from) { return *from; }
+inline int load_shared_by_all(const int *from) { return *from; }
+inline u32 load_acquire(const u32 *from) { return *from; }
+inline void store_release(u32 *to, u32 value) { *to = value; }
+
+inline void multiply_codes(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { simt::multiply<false>(c, a, b0, b1); }
+inline void multiply_bytes(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { simt::multiply<true>(c, a, b0, b1); }
+
+inline float from_fp16(u16 v) { _Float16 h; std::memcpy(&h, &v, 2); return (float)h; }
+inline u16 to_fp16(float v) { const _Float16 h = (_Float16)v; u16 out; std::memcpy(&out, &h, 2); return out; }
+inline float from_bf16(u16 v) { return __uint_as_float((u32)v << 16); }
+inline u16 to_bf16(float v) {
+    const u32 bits = __float_as_uint(v);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+inline u32 two_fp16(float low, float high) { return to_fp16(low) | (u32)to_fp16(high) << 16; }
+inline u32 two_bf16(float low, float high) { return to_bf16(low) | (u32)to_bf16(high) << 16; }
+
+template <class T> inline T shuffle_xor(T value, int by) {
+    u32 bits;
+    std::memcpy(&bits, &value, 4);
+    const u32 got = simt::meet(&bits, 1)[(simt::now->thread % 32) ^ by][0];
+    T out;
+    std::memcpy(&out, &got, 4);
+    return out;
+}
+inline int warp_max(int value) {
+    const u32 bits = (u32)value;
+    const auto all = simt::meet(&bits, 1);
+    int most = (int)all[0][0];
+    for (int i = 1; i < 32; i++) most = (int)all[i][0] > most ? (int)all[i][0] : most;
+    return most;
+}
+inline bool warp_all(bool value) {
+    const u32 bits = value;
+    const auto all = simt::meet(&bits, 1);
+    for (int i = 0; i < 32; i++)
+        if (!all[i][0]) return false;
+    return true;
+}
