@@ -9,7 +9,7 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-from mobiquant.kernels.cuda import compiler
+from mobiquant.kernels.cuda import compiler, few
 
 HERE = Path(__file__).parent / "native"
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
@@ -45,3 +45,12 @@ class Emulated(compiler.Kernel):
 def kernel(name, definitions, _device):
     """As `compiler.kernel`."""
     return Emulated(name, definitions)
+
+
+def emulate(monkeypatch, seed=0):
+    """Run the kernels on the CPU: four blocks of four warps whose threads take turns in an order that `seed` draws."""
+    monkeypatch.setattr(compiler, "kernel", kernel)
+    monkeypatch.setattr(few, "processors", lambda _: 4)
+    monkeypatch.setattr(few, "shared_memory", lambda _: 227 << 10)
+    monkeypatch.setattr(few, "WARPS", 4)
+    monkeypatch.setattr(Emulated, "seed", seed % 2**31)

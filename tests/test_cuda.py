@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from emulation import COMPILER, Emulated
-from emulation import kernel as emulated
+from emulation import COMPILER, emulate
 from helpers import normal, random_router, snr_db
 
 from mobiquant import matmul, pack, router
 from mobiquant import slices as s
-from mobiquant.kernels.cuda import compiler, few, many, tiles
+from mobiquant.kernels.cuda import few, many, tiles
 
 LISTS = [(2, 1, 1, 2, 2), (2, 2, 2, 2), (3, 1, 1, 1, 1, 1), (4, 4), (2, 1), (1, 3)]
 # rows of layers that share an input of so many columns, and the group: short last groups, rows that fill no tile
@@ -20,13 +19,9 @@ DEVICES = [EMULATED, pytest.param("cuda", marks=pytest.mark.gpu)]
 
 @pytest.fixture(autouse=True)
 def on_a_cpu(request, monkeypatch):
-    """Emulate where the test is for a CPU: four blocks of four warps that run in an order of their own each time."""
-    if request.node.callspec.params.get("device") == "cpu" if hasattr(request.node, "callspec") else False:
-        monkeypatch.setattr(compiler, "kernel", emulated)
-        monkeypatch.setattr(few, "processors", lambda _: 4)
-        monkeypatch.setattr(few, "shared_memory", lambda _: 227 << 10)
-        monkeypatch.setattr(few, "WARPS", 4)
-        monkeypatch.setattr(Emulated, "seed", abs(hash(request.node.name)) % 2**31)
+    """Emulate where the test is for a CPU, in an order of threads of its own each time."""
+    if getattr(request.node, "callspec", None) and request.node.callspec.params.get("device") == "cpu":
+        emulate(monkeypatch, abs(hash(request.node.name)))
 
 
 def packed(rows, columns, slices, group, seed=0, magnitude=1.0):

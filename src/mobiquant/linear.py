@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from mobiquant.kernels.cuda.tiles import Tiles
 
 ROUTER_PREFIX = "router_"
-# tokens that one launch on CUDA takes
-FEW = 16
 
 
 class Precision:
@@ -279,8 +277,8 @@ class MobiLinear(nn.Module):
     def forward(self, x: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch N"]:
         flat = x.reshape(-1, self.in_features)  # [..., K] -> [T, K]
         sequences = x.shape[0] if x.dim() > 2 else None
-        on_gpu = flat.is_cuda and self._takes(flat)
-        if on_gpu and flat.shape[0] <= FEW and flat.shape[0] <= self.owner._launch().most():
+        on_gpu = matmul.on_gpu(flat, self.format.slices, self.format.group_size, self.in_features)
+        if on_gpu and flat.shape[0] <= self.owner._most():
             return self._together(x, flat, sequences).view(*x.shape[:-1], self.out_features)
         depth = self.depths(flat, sequences)
         self.precision.record(depth, flat.shape[0], self.in_features * self.out_features)
@@ -294,12 +292,6 @@ class MobiLinear(nn.Module):
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features)
-
-    def _takes(self, flat: Float[Tensor, "T K"]) -> bool:
-        """Whether the CUDA kernels take this product."""
-        from mobiquant.kernels.cuda import product
-
-        return not matmul.is_exact() and product.usable(flat, self.format.slices, self.format.group_size, self.in_features)
 
     def _together(self, x: Tensor, flat: Float[Tensor, "T K"], sequences: int | None) -> Float[Tensor, "T N"]:
         """The product of few tokens, in one launch with those of the other layers that read the same input.
@@ -317,6 +309,14 @@ class MobiLinear(nn.Module):
         y = ahead[2].pop(id(self))
         owner._ahead = ahead if ahead[2] else None
         return y
+
+    def _most(self) -> int:
+        """Tokens that one launch takes of all members; 0 where they or the router are more than it holds."""
+        from mobiquant.kernels.cuda import few, tiles
+
+        if len(self.members) > few.MEMBERS or (self.router_names and not tiles.check_router(self.get_router())):
+            return 0
+        return self._launch().most()
 
     def _launch(self) -> "Group":
         """What makes the products of all members in one launch."""

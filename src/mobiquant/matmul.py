@@ -3,7 +3,7 @@
 What: `y_t = x_t read(q, depth_t)^T + bias`. `reference` is the definition in fp32, unpacked and summed plainly; every faster
 path is tested only against it. `matmul` is what layers call; it picks a backend.
 
-Backends: C++ on a CPU (`kernels/cpu`, int8 activations) for inference, else torch operators, which are exact in the dtype
+Backends: C++ on a CPU (`kernels/cpu`, int8 activations) and CUDA (`kernels/cuda`) for inference, else torch operators, which are exact in the dtype
 of the activations. `exact` keeps to the latter, for calibration and for comparing.
 
 How the torch path works: tokens are gathered by depth, the weight is read once for each depth that occurs, and each group
@@ -64,6 +64,15 @@ def exact() -> Iterator[None]:
 def is_exact() -> bool:
     """Whether `exact` is in force."""
     return _only_exact
+
+
+def on_gpu(x: Float[Tensor, "T K"], slices: tuple[int, ...], group_size: int, columns: int) -> bool:
+    """Whether the CUDA kernels take a product; layers then hold their weight as those read it (`linear`)."""
+    if not x.is_cuda or _only_exact:
+        return False
+    from mobiquant.kernels.cuda.product import usable
+
+    return usable(x, slices, group_size, columns)
 
 
 @lru_cache(maxsize=32)

@@ -1,0 +1,134 @@
+"""Whole models whose layers are read by the CUDA kernels, these emulated on a CPU or run on a GPU."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+from emulation import COMPILER, emulate
+from helpers import snr_db
+
+import mobiquant
+from mobiquant import matmul
+from mobiquant.config import Format
+from mobiquant.kernels.cuda import few
+from mobiquant.linear import mobilinears
+
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+DTYPE = torch.float16
+
+
+@pytest.fixture(params=DEVICES)
+def device(request, monkeypatch):
+    if request.param == "cpu":
+        emulate(monkeypatch)
+        monkeypatch.setattr(matmul, "on_gpu", lambda x, *_: x.dtype in few.DTYPES and not matmul.is_exact())
+    return request.param
+
+
+@pytest.fixture(params=["per-input", "per-linear"])
+def model(request, tmp_path, device):
+    made = tiny.quantize(tmp_path, format=Format(group_size=32, routers=request.param))
+    return torch.nn.Module.to(torch.nn.Module.to(made, DTYPE), device)
+
+
+@pytest.fixture(autouse=True)
+def kernels_count():
+    """Kernels are what these tests are about: the session's fixture keeps to exact products."""
+    before, matmul._only_exact = matmul._only_exact, False
+    yield
+    matmul._only_exact = before
+
+
+def logits(model, ids):
+    with torch.inference_mode():
+        return model(ids.to(next(model.parameters()).device), use_cache=False).logits.float().cpu()
+
+
+@pytest.mark.parametrize("length", [3, 20])
+def test_a_model_says_what_it_says_without_kernels(model, length):
+    ids = tiny.tokens(1, length)
+    for bits in (2, 3.5, 8):
+        mobiquant.set_precision(model, bits)
+        with matmul.exact():
+            wanted = logits(model, ids)
+            expected = mobiquant.bits_read(model, reset=True)
+        made = logits(model, ids)
+        assert snr_db(wanted, made) > 25
+        assert mobiquant.bits_read(model, reset=True) == pytest.approx(expected, abs=0.25)
+
+
+def test_layers_of_one_input_take_one_launch(model, monkeypatch):
+    calls, original = [], few.Group.__call__
+    monkeypatch.setattr(few.Group, "__call__", lambda self, x, *rest: calls.append(len(self.members)) or original(self, x, *rest))
+    mobiquant.set_precision(model, 3)
+    logits(model, tiny.tokens(1, 2))
+    layers = mobilinears(model).values()
+    assert sum(calls) == len(layers) and len(calls) == len({id(layer.owner) for layer in layers})
+    assert all(layer._ahead is None for layer in layers)
+
+
+def test_what_was_made_ahead_is_not_used_for_another_input_or_precision(model):
+    block = model.model.layers[0].self_attn
+    x = torch.randn(1, 2, 64, generator=torch.Generator().manual_seed(0)).to(DTYPE).to(next(model.parameters()).device)
+    columns = block.q_proj.in_features
+    x = x[..., :columns].contiguous() if columns <= 64 else torch.nn.functional.pad(x, (0, columns - 64))
+
+    def both(first, second, bits):
+        mobiquant.set_precision(model, bits[0], routed=False)
+        block.q_proj(first)
+        mobiquant.set_precision(model, bits[1], routed=False)
+        made = block.k_proj(second)
+        with matmul.exact():
+            assert snr_db(block.k_proj(second).float(), made.float()) > 40
+
+    both(x, x, (2, 8))
+    both(x, -x, (3, 3))
+    block.q_proj(x)
+    x.mul_(-2)
+    both(x, x, (3, 3))
+
+
+def test_planes_come_back_for_saving_copying_and_moving(model, tmp_path):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    logits(model, tiny.tokens(1, 2))
+    layer = next(iter(mobilinears(model).values()))
+    assert layer._tiles is not None and layer.planes_0.numel() == 0
+    for state in (model.state_dict(), copy.deepcopy(model).state_dict()):
+        assert state.keys() == before.keys() and all(torch.equal(state[name], value) for name, value in before.items())
+    logits(model, tiny.tokens(1, 2))
+    model.save_pretrained(tmp_path / "out")
+    assert torch.equal(mobiquant.load(tmp_path / "out").state_dict()["model.layers.0.mlp.up_proj.planes_0"],
+                       before["model.layers.0.mlp.up_proj.planes_0"].cpu())  # fmt: skip
+    logits(model, tiny.tokens(1, 2))
+    model.load_state_dict(before)
+    assert layer._tiles is None
+    mobiquant.set_precision(model, 4)
+    made = logits(model, tiny.tokens(1, 2))
+    assert torch.equal(made, logits(model, tiny.tokens(1, 2)))
+
+
+def test_sequences_of_a_batch_have_precisions_of_their_own(model):
+    ids = tiny.tokens(3, 4)
+    mobiquant.set_precision(model, [2, 3.5, 8])
+    made = logits(model, ids)
+    mobiquant.bits_read(model, reset=True)
+    for row, bits in enumerate((2, 3.5, 8)):
+        mobiquant.set_precision(model, bits)
+        assert snr_db(logits(model, ids[row : row + 1])[0], made[row]) > 25
+    mobiquant.set_precision(model, [2, 3])
+    with pytest.raises(ValueError, match="precision is set for 2 sequences and the batch has 3"):
+        logits(model, ids)
+
+
+def test_a_fixed_width_with_biases_and_without_routers_of_its_own(tmp_path, device):
+    made = tiny.quantize(tmp_path, tiny.model("qwen2"), format=Format(group_size=32))
+    made = torch.nn.Module.to(torch.nn.Module.to(made, DTYPE), device)
+    mobiquant.set_precision(made, 4, routed=False)
+    with matmul.exact():
+        wanted = logits(made, tiny.tokens(2, 5))
+    assert snr_db(wanted, logits(made, tiny.tokens(2, 5))) > 30
+    assert mobiquant.bits_read(made) == 4
