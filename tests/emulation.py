@@ -9,12 +9,13 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
+from mobiquant import matmul
 from mobiquant.kernels.cuda import compiler, few
 
 HERE = Path(__file__).parent / "native"
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 FOLDER = Path(tempfile.gettempdir()) / f"mobiquant-emulated-{os.getuid()}"
-SOURCES = (HERE / "simt.h", HERE / "emulate.cpp", *compiler.HERE.glob("*.cu"))
+SOURCES = (HERE / "simt.h", HERE / "emulate.cpp", *sorted(compiler.HERE.glob("*.cu")), *sorted(compiler.HERE.glob("*.h")))
 
 
 class Emulated(compiler.Kernel):
@@ -29,7 +30,7 @@ class Emulated(compiler.Kernel):
         if not library.exists():
             FOLDER.mkdir(exist_ok=True)
             new = library.with_suffix(f".{os.getpid()}")
-            words = [COMPILER, "-O1", "-std=c++17", "-shared", "-fPIC", "-w", f"-I{HERE}", f"-DKERNEL={name}", *options]
+            words = [COMPILER, "-O1", "-std=c++17", "-shared", "-fPIC", "-w", f"-I{HERE}", f"-I{compiler.HERE}", f"-DKERNEL={name}", *options]
             built = subprocess.run([*words, str(HERE / "emulate.cpp"), "-o", str(new)], capture_output=True, text=True)
             assert built.returncode == 0, built.stderr[-3000:]
             new.replace(library)
@@ -54,3 +55,6 @@ def emulate(monkeypatch, seed=0):
     monkeypatch.setattr(few, "shared_memory", lambda _: 227 << 10)
     monkeypatch.setattr(few, "WARPS", 4)
     monkeypatch.setattr(Emulated, "seed", seed % 2**31)
+    allowed = lambda x: x.dtype in few.DTYPES and not matmul.is_exact()  # noqa: E731
+    monkeypatch.setattr(matmul, "gpu", allowed)
+    monkeypatch.setattr(matmul, "on_gpu", lambda x, *_: allowed(x))

@@ -9,8 +9,9 @@ from emulation import COMPILER, emulate
 from helpers import snr_db
 
 import mobiquant
-from mobiquant import matmul
+from mobiquant import captured, matmul
 from mobiquant.config import Format
+from mobiquant.generate import generate
 from mobiquant.kernels.cuda import few
 from mobiquant.linear import mobilinears
 
@@ -25,7 +26,6 @@ DTYPE = torch.float16
 def device(request, monkeypatch):
     if request.param == "cpu":
         emulate(monkeypatch)
-        monkeypatch.setattr(matmul, "on_gpu", lambda x, *_: x.dtype in few.DTYPES and not matmul.is_exact())
     return request.param
 
 
@@ -63,7 +63,9 @@ def test_a_model_says_what_it_says_without_kernels(model, length):
 
 def test_layers_of_one_input_take_one_launch(model, monkeypatch):
     calls, original = [], few.Group.__call__
-    monkeypatch.setattr(few.Group, "__call__", lambda self, x, *rest: calls.append(len(self.members)) or original(self, x, *rest))
+    monkeypatch.setattr(
+        few.Group, "__call__", lambda self, x, *rest: calls.append(len(self.members)) or original(self, x, *rest)
+    )
     mobiquant.set_precision(model, 3)
     logits(model, tiny.tokens(1, 2))
     layers = mobilinears(model).values()
@@ -132,3 +134,60 @@ def test_a_fixed_width_with_biases_and_without_routers_of_its_own(tmp_path, devi
         wanted = logits(made, tiny.tokens(2, 5))
     assert snr_db(wanted, logits(made, tiny.tokens(2, 5))) > 30
     assert mobiquant.bits_read(made) == 4
+
+
+@pytest.fixture(params=["llama", "qwen2", "qwen3"])
+def decoded(request, tmp_path, device):
+    """A model with heads of 64 elements, whose blocks the captured decoding is for."""
+    changes = {"hidden_size": 192, "head_dim": 64, "num_attention_heads": 3, "num_key_value_heads": 1}
+    made = tiny.quantize(tmp_path, tiny.model(request.param, **changes), format=Format(group_size=64))
+    return torch.nn.Module.to(torch.nn.Module.to(made, DTYPE), device)
+
+
+def test_captured_steps_say_what_the_model_says(decoded):
+    ids = tiny.tokens(1, 80).clamp(max=199)
+    for bits in (2, 3.5):
+        mobiquant.set_precision(decoded, bits)
+        made = captured.of(decoded, 90)
+        mobiquant.bits_read(decoded, reset=True)
+        steps = [made.prefill(ids[:, :60])] + [made.step(int(token)).clone() for token in ids[0, 60:]]
+        assert mobiquant.bits_read(decoded) == pytest.approx(bits, abs=0.6)
+        wanted = logits(decoded, ids)[0, 59:]
+        assert snr_db(wanted, torch.stack(steps).cpu()) > 25
+    assert captured.of(decoded, 70) is made
+    with pytest.raises(IndexError, match="token 200 at position 80"):
+        made.step(200)
+
+
+def test_precision_set_between_two_steps_is_that_of_the_next(decoded):
+    ids = tiny.tokens(1, 12)
+    mobiquant.set_precision(decoded, 2, routed=False)
+    made = captured.of(decoded, 20)
+    made.prefill(ids[:, :10])
+    mobiquant.set_precision(decoded, 8, routed=False)
+    mobiquant.bits_read(decoded, reset=True)
+    deep = made.step(int(ids[0, 10])).clone()
+    assert mobiquant.bits_read(decoded, reset=True) == 8
+    mobiquant.set_precision(decoded, 2, routed=False)
+    made.prefill(ids[:, :10])
+    mobiquant.bits_read(decoded, reset=True)
+    shallow = made.step(int(ids[0, 10])).clone()
+    assert mobiquant.bits_read(decoded) == 2 and snr_db(deep.cpu(), shallow.cpu()) < 20
+    assert captured.of(decoded, 20) is made
+
+
+def test_generate_takes_captured_steps(decoded, monkeypatch):
+    taken, original = [], captured.Decoder.step
+    monkeypatch.setattr(captured.Decoder, "step", lambda self, token: taken.append(token) or original(self, token))
+    decoded.generation_config.eos_token_id = None
+    mobiquant.set_precision(decoded, 8, routed=False)
+    text = generate(decoded, tiny.tokenizer(), "w1 w2 w3", max_new_tokens=6)
+    monkeypatch.setattr(captured, "reason", lambda *_: "not now")
+    assert len(taken) == 5 and text == generate(decoded, tiny.tokenizer(), "w1 w2 w3", max_new_tokens=6)
+
+
+def test_captured_decoding_says_why_it_cannot(tmp_path, device):
+    made = tiny.quantize(tmp_path, format=Format(group_size=32))
+    assert "not all fp16" in captured.reason(torch.nn.Module.to(made, device), 8) or "elements" in captured.reason(made, 8)
+    other = tiny.quantize(tmp_path, tiny.model("gpt2"), format=Format(group_size=32))
+    assert "'gpt2'" in captured.reason(other, 8)

@@ -9,6 +9,7 @@ reader who wants the first slices check just what it reads.
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from mobiquant import blocks
+from mobiquant import blocks, pack
 from mobiquant.config import QUANT_METHOD, Checkpoint, Format, InputError
 from mobiquant.linear import MobiLinear, Precision, mobilinears
 
@@ -73,7 +74,11 @@ def stored_bits(model: nn.Module, form: Format, depth: int | None = None) -> dic
         for name, tensor in layer.named_buffers():
             plane = _PLANE.search("." + name)
             kind = "planes" if plane else "routers" if name.startswith("router_") else "scales"
-            if name != "bias" and not (plane and int(plane.group(1)) >= depth):
+            if plane and int(plane.group(1)) < depth:
+                # by their shape: on CUDA the layer may hold them in another layout
+                shape = pack.plane_shape(layer.out_features, layer.in_features, form.slices[int(plane.group(1))])
+                total[kind] += math.prod(shape) * 8
+            elif not plane and name != "bias":
                 total[kind] += tensor.numel() * tensor.element_size() * 8
     return total
 

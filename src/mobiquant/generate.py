@@ -1,7 +1,7 @@
 """Text from a model, token by token as it is made.
 
-On a CPU a model of a known family is decoded natively (`decoder.py`), with the same rules of sampling; every other model, and
-every rule that is not listed here, goes through `generate` of transformers.
+A model of a known family is decoded natively, on a CPU by `decoder` and on CUDA by `captured`, with the same rules of sampling;
+every other model, and every rule that is not listed here, goes through `generate` of transformers.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mobiquant import decoder
+from mobiquant import captured, decoder, matmul
 from mobiquant.config import InputError
 
 # settings of a generation that native decoding follows; one of the others that is set to something leaves it to transformers
@@ -86,12 +86,13 @@ def natively(model: Any, tokens: Tensor, count: int, sample: bool) -> Iterator[i
     length = tokens.shape[1] + count
     config = model.generation_config
     others = {name for name, value in config.to_diff_dict().items() if value and name not in PLAIN}
-    if others or tokens.shape[0] != 1 or decoder.reason(model, length) is not None:
+    way = captured if matmul.gpu(model.get_input_embeddings().weight) else decoder
+    if others or tokens.shape[0] != 1 or way.reason(model, length) is not None:
         return None
-    return _steps(model, decoder.of(model, length), tokens, count, _warpers(config) if sample else None)
+    return _steps(model, way.of(model, length), tokens, count, _warpers(config) if sample else None)
 
 
-def _steps(model: Any, made: decoder.Decoder, tokens: Tensor, count: int, warpers: Any) -> Iterator[int]:
+def _steps(model: Any, made: decoder.Decoder | captured.Decoder, tokens: Tensor, count: int, warpers: Any) -> Iterator[int]:
     ends = model.generation_config.eos_token_id
     ends = set(ends) if isinstance(ends, list) else {ends}
     logits, seen = made.prefill(tokens), tokens
@@ -100,7 +101,7 @@ def _steps(model: Any, made: decoder.Decoder, tokens: Tensor, count: int, warper
             token = int(logits.argmax())
         else:
             token = int(torch.multinomial(warpers(seen, logits[None]).softmax(-1), 1))
-            seen = torch.cat([seen, torch.tensor([[token]])], 1)
+            seen = torch.cat([seen, seen.new_tensor([[token]])], 1)
         yield token
         if token in ends or number + 1 == count:
             return

@@ -3,8 +3,9 @@
 What: `y_t = x_t read(q, depth_t)^T + bias`. `reference` is the definition in fp32, unpacked and summed plainly; every faster
 path is tested only against it. `matmul` is what layers call; it picks a backend.
 
-Backends: C++ on a CPU (`kernels/cpu`, int8 activations) and CUDA (`kernels/cuda`) for inference, else torch operators, which are exact in the dtype
-of the activations. `exact` keeps to the latter, for calibration and for comparing.
+Backends: C++ on a CPU (`kernels/cpu`, int8 activations) and CUDA (`kernels/cuda`) for inference, else torch operators, which
+are exact in the dtype of the activations. `exact` keeps to the latter, for calibration and for comparing. Weights that the CUDA
+kernels read lie in a layout of their own, which layers keep (`linear`).
 
 How the torch path works: tokens are gathered by depth, the weight is read once for each depth that occurs, and each group
 of tokens is a dense product in the dtype of the activations. Only the planes that the deepest token of the call needs are
@@ -66,9 +67,14 @@ def is_exact() -> bool:
     return _only_exact
 
 
+def gpu(x: Tensor) -> bool:
+    """Whether what is on the device of `x` may take CUDA kernels."""
+    return x.is_cuda and not _only_exact
+
+
 def on_gpu(x: Float[Tensor, "T K"], slices: tuple[int, ...], group_size: int, columns: int) -> bool:
     """Whether the CUDA kernels take a product; layers then hold their weight as those read it (`linear`)."""
-    if not x.is_cuda or _only_exact:
+    if not gpu(x):
         return False
     from mobiquant.kernels.cuda.product import usable
 

@@ -183,6 +183,7 @@ inline u16 to_bf16(float v) {
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
+inline float whole_byte(u32 word, int which) { return (float)(word >> (8 * which) & 255); }
 inline u32 two_fp16(float low, float high) { return to_fp16(low) | (u32)to_fp16(high) << 16; }
 inline u32 two_bf16(float low, float high) { return to_bf16(low) | (u32)to_bf16(high) << 16; }
 

@@ -17,7 +17,7 @@ import torch
 HERE = Path(__file__).parent
 # shared memory that a kernel may take without asking
 LEAST_MEMORY = 48 << 10
-FOLDER, HEADER = "MOBIQUANT_CACHE", "device.h"
+FOLDER, HEADERS = "MOBIQUANT_CACHE", ("device.h", "pieces.h")
 
 
 def cache_folder() -> Path:
@@ -38,8 +38,9 @@ def compile_source(source: str, name: str, options: list[str]) -> bytes:
     """Machine code (CUBIN) of a source; raises RuntimeError with the compiler's words. Needs no GPU."""
     from cuda.bindings import nvrtc  # pyright: ignore[reportMissingImports] -- comes with CUDA builds of torch
 
-    header = (HERE / HEADER).read_bytes()
-    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), 1, [header], [HEADER.encode()]), "NVRTC")
+    headers = [(HERE / header).read_bytes() for header in HEADERS]
+    names = [header.encode() for header in HEADERS]
+    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), len(headers), headers, names), "NVRTC")
     words = [option.encode() for option in options]
     (code,) = nvrtc.nvrtcCompileProgram(program, len(words), words)
     if int(code):
@@ -61,7 +62,8 @@ def options_for(definitions: Mapping[str, int | str], capability: tuple[int, int
 def _kept(source: str, name: str, options: list[str]) -> bytes:
     """`compile_source` through the folder of kept kernels; a folder that cannot be written is done without."""
     version = torch.version.cuda or ""
-    digest = hashlib.sha256("\0".join((source, (HERE / HEADER).read_text(), version, *options)).encode()).hexdigest()[:24]
+    headers = [(HERE / header).read_text() for header in HEADERS]
+    digest = hashlib.sha256("\0".join((source, *headers, version, *options)).encode()).hexdigest()[:24]
     path = cache_folder() / f"{Path(name).stem}-{digest}.cubin"
     try:
         return path.read_bytes()

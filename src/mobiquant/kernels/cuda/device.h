@@ -91,6 +91,9 @@ DEVICE u16 to_fp16(float value) {
 
 DEVICE float from_bf16(u16 value) { return __uint_as_float((u32)value << 16); }
 
+// byte `which` of a word as a number: put under the exponent of 2^23, which is taken off again
+DEVICE float whole_byte(u32 word, int which) { return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440 + which)) - 8388608.0f; }
+
 // two numbers, the first in the lower half
 DEVICE u32 two_fp16(float low, float high) {
     u32 out;

@@ -22,9 +22,9 @@
 #else
 #include "device.h"
 #endif
+#include "pieces.h"
 
 constexpr int TOKENS = 4 * NT, MEMBERS = 4, MOST_HIDDEN = 128, HIDDEN_TILE = 32;
-constexpr int WIDTH[] = {WIDTHS}, DEPTH[] = {DEPTHS}, END[] = {ENDS};
 // columns of x that share a scale: those of a tile, or of a group where that is smaller
 constexpr int UNIT = GROUP < 64 ? GROUP : 64, HALVES = 64 / UNIT, THREADS = WARPS * 32, STRIDE = 33;
 // bytes from one column of x to the next: 64 more than the columns, so that two columns lie in different banks
@@ -145,44 +145,16 @@ DEVICE void stage(const Params &p, const Shared &s) {
 
 // ---- tiles in registers
 
-constexpr int words_before(int piece) {
-    int sum = 0;
-    for (int i = 0; i < piece; i++) sum += 2 * WIDTH[i];
-    return sum;
-}
-
-constexpr int pieces_to(int depth) {
-    int count = 0;
-    while (count < PIECES && DEPTH[count] <= depth) count++;
-    return count;
-}
-
-constexpr int COUNT_OF_PIECES = PIECES;
-
 template <int first, int last> struct Tile {
     u32 words[words_before(last) - words_before(first)];
     u32 scale[HALVES][2];  // fp16 of four rows
     u32 zero[HALVES];      // bytes of four rows
 };
 
-template <int piece, int first, int last> DEVICE void fetch_pieces(Tile<first, last> &tile, const Member &m, u64 index, int lane, bool wanted) {
-    if constexpr (piece < last) {
-        u32 *to = tile.words + (words_before(piece) - words_before(first));
-        const u8 *from = m.pieces[piece] + (index * 32 + lane) * (8 * WIDTH[piece]);
-        if constexpr (WIDTH[piece] == 2) {
-            const Four got = fetch_four(from, wanted);
-            to[0] = got.x, to[1] = got.y, to[2] = got.z, to[3] = got.w;
-        } else {
-            const Two got = fetch_two(from, wanted);
-            to[0] = got.x, to[1] = got.y;
-        }
-        fetch_pieces<piece + 1>(tile, m, index, lane, wanted);
-    }
-}
-
 template <int first, int last>
 DEVICE void fetch(Tile<first, last> &tile, const Params &p, const Member &m, int row_tile, int column_tile, int lane, bool wanted) {
-    fetch_pieces<first>(tile, m, (u64)row_tile * p.column_tiles + column_tile, lane, wanted);
+    const u64 index = (u64)row_tile * p.column_tiles + column_tile;
+    fetch_words<first, last>(tile.words, m.pieces, index * 32 + lane, wanted ? DEPTH[last - 1] : 0);
 #pragma unroll
     for (int h = 0; h < HALVES; h++) {
         int group = (column_tile * 64 + h * 32) / GROUP;
@@ -192,23 +164,6 @@ DEVICE void fetch(Tile<first, last> &tile, const Params &p, const Member &m, int
         tile.scale[h][0] = scale.x, tile.scale[h][1] = scale.y;
         if (first == 0) tile.zero[h] = fetch_one(m.zero + at * 4, wanted);
     }
-}
-
-// four neighbouring codes of a piece, in the bits that are theirs in a code of eight bits: field `place` of a byte, from above
-template <int piece, int place> DEVICE u32 codes(u32 word) {
-    constexpr int width = WIDTH[piece], low = 8 - END[piece], left = low - (8 - width * (place + 1));
-    constexpr u32 mask = (u32)((1 << width) - 1) * 0x01010101u << low;
-    return (left >= 0 ? word << (left >= 0 ? left : 0) : word >> (left < 0 ? -left : 0)) & mask;
-}
-
-// register `a` of the fragment of rows m * 16 .. and step f of 32 columns, from pieces `piece` .. `end` - 1 together
-template <int piece, int end, int m, int f, int a, int first, int last> DEVICE u32 fragment(const Tile<first, last> &tile) {
-    const u32 *words = tile.words + (words_before(piece) - words_before(first));
-    u32 found;
-    if constexpr (WIDTH[piece] == 2) found = codes<piece, a>(words[2 * m + f]);
-    else found = codes<piece, 4 * f + a>(words[m]);
-    if constexpr (piece + 1 < end) found |= fragment<piece + 1, end, m, f, a>(tile);
-    return found;
 }
 
 typedef int Sums[HALVES][2][NT][4];
@@ -229,8 +184,8 @@ DEVICE void load_inputs(Inputs &in, const Params &p, const Shared &s, int column
 // pieces `piece` .. `end` - 1 together, for the tokens that read them
 template <int piece, int end, int m, int f, int first, int last>
 DEVICE void add_step(Sums &sums, const Tile<first, last> &tile, const Inputs &in, const int (&depth)[NT], bool all) {
-    const u32 a[4] = {fragment<piece, end, m, f, 0>(tile), fragment<piece, end, m, f, 1>(tile),
-                      fragment<piece, end, m, f, 2>(tile), fragment<piece, end, m, f, 3>(tile)};
+    const u32 a[4] = {fragment<first, piece, end, m, f, 0>(tile.words), fragment<first, piece, end, m, f, 1>(tile.words),
+                      fragment<first, piece, end, m, f, 2>(tile.words), fragment<first, piece, end, m, f, 3>(tile.words)};
 #pragma unroll
     for (int c = 0; c < NT; c++) {
         const bool reads = all || depth[c] >= DEPTH[piece];

@@ -54,7 +54,7 @@ def spread(weight: Tiles, depths: range, dtype: torch.dtype, counts: Int[Tensor,
     p.column_tiles, p.groups = weight.pieces[0].shape[1], weight.scale.shape[1]
     tiles = weight.pieces[0].shape[0] * p.column_tiles
     made = compiler.kernel("spread", definitions(weight, dtype), out.device.index or 0)
-    made.launch(-(-tiles // WARPS), WARPS * LANES, p)
+    made.launch(-(-tiles // WARPS), WARPS * LANES, p, SLOTS * 8)
     return out
 
 

@@ -11,8 +11,9 @@
 #else
 #include "device.h"
 #endif
+#include "pieces.h"
 
-constexpr int WIDTH[] = {WIDTHS}, DEPTH[] = {DEPTHS}, END[] = {ENDS}, SLOTS = 8, WARPS = 8;
+constexpr int SLOTS = 8, WARPS = 8, WORDS = words_before(COUNT_OF_PIECES);
 
 struct Params {
     const u8 *pieces[PIECES];
@@ -23,83 +24,69 @@ struct Params {
     int slots, rows, columns, column_tiles, groups;
 };
 
-// where the words of each piece begin
-struct Offsets {
-    int at[PIECES + 1];
-    constexpr Offsets() : at() {
-        for (int i = 0; i < PIECES; i++) at[i + 1] = at[i] + 2 * WIDTH[i];
-    }
-};
-constexpr Offsets OFFSETS;
-constexpr int WORDS = Offsets().at[PIECES];
-
 DEVICE u32 narrow_two(float low, float high) { return BF16 ? two_bf16(low, high) : two_fp16(low, high); }
 
-// the 32 columns f of a tile
-template <int f>
-DEVICE void write(const Params &p, const u32 (&words)[WORDS], int row_tile, int column_tile, int lane) {
-    const int first = column_tile * 64 + f * 32, column = first + lane % 4 * 8;
-    if (column >= p.columns) return;
+// what a slot makes of a code: value = scale * (code / 2^(8 - BASE) - shift), with the bits below its depth put to zero
+struct Reading {
+    u32 mask;    // of the bits of four codes
+    float less;  // half a cell, which is less to be taken off
+};
+
+DEVICE Reading reading_of(int depth) {
+    int end = 0;
+#pragma unroll
+    for (int i = 0; i < PIECES; i++)
+        if (DEPTH[i] <= depth) end = END[i];
+    return {(255u << (8 - end) & 255u) * 0x01010101u, 0.5f - (float)(1 << BASE) / (float)(2 << end)};
+}
+
+// rows 16 m + 8 u and the 32 columns f of a tile: eight neighbours of a row from each lane
+template <int m, int u, int f>
+DEVICE void write(const Params &p, const u32 *words, const Reading *readings, int row_tile, int column_tile, int lane) {
+    const int first = column_tile * 64 + f * 32, column = first + lane % 4 * 8, row = row_tile * 32 + m * 16 + u * 8 + lane / 4;
+    if (column >= p.columns || row >= p.rows) return;
     const u64 at = ((u64)row_tile * p.groups + first / GROUP) * 8 + lane / 4;
     const Two scales = fetch_two(p.scale + at * 8, true);
-    const u32 zeros = fetch_one(p.zero + at * 4, true);
+    const float scale = from_fp16((u16)((m ? scales.y : scales.x) >> (16 * u)));
+    const float zero = (float)(fetch_one(p.zero + at * 4, true) >> (8 * (2 * m + u)) & 255) * (1.0f / (1 << (8 - BASE)));
+    const u32 both[2] = {fragment<0, 0, COUNT_OF_PIECES, m, f, u>(words), fragment<0, 0, COUNT_OF_PIECES, m, f, u + 2>(words)};
+    for (int slot = 0; slot < p.slots; slot++) {
+        if (p.counts && !p.counts[slot]) continue;
+        const Reading how = readings[slot];
+        // level - z = code - (zi + 1/2 - half a cell), all in base steps: both sides are exact, the product with the scale rounds
+        const float shift = zero + how.less;
+        u32 pairs[4];
 #pragma unroll
-    for (int mu = 0; mu < 4; mu++) {
-        const int m = mu / 2, u = mu % 2, row = row_tile * 32 + m * 16 + u * 8 + lane / 4;
-        const float scale = from_fp16((u16)((m ? scales.y : scales.x) >> (16 * u)));
-        const float zero = (float)(zeros >> (8 * mu) & 255) * (1.0f / (1 << (8 - BASE)));
-        u32 codes[8];  // of eight neighbours, in the upper bits of a byte
-#pragma unroll
-        for (int n = 0; n < 8; n++) {
-            const int a = u + n / 4 * 2;
-            codes[n] = 0;
-#pragma unroll
-            for (int piece = 0; piece < PIECES; piece++) {
-                const int width = WIDTH[piece], field = width == 2 ? a : 4 * f + a;
-                const u32 word = words[OFFSETS.at[piece] + (width == 2 ? 2 * m + f : m)];
-                codes[n] |= (word >> (8 * (n % 4) + 8 - width * (field + 1)) & ((1 << width) - 1)) << (8 - END[piece]);
-            }
+        for (int n = 0; n < 4; n++) {
+            const u32 codes = both[n / 2] & how.mask;
+            const float low = whole_byte(codes, n % 2 * 2) * (1.0f / (1 << (8 - BASE))) - shift;
+            const float high = whole_byte(codes, n % 2 * 2 + 1) * (1.0f / (1 << (8 - BASE))) - shift;
+            pairs[n] = narrow_two(low * scale, high * scale);
         }
-        for (int slot = 0; slot < p.slots; slot++) {
-            if (p.counts && !p.counts[slot]) continue;
-            int end = 0;
-#pragma unroll
-            for (int piece = 0; piece < PIECES; piece++)
-                if (DEPTH[piece] <= p.depth[slot]) end = END[piece];
-            // level - z = code * cell - (zi + 1/2 - cell / 2): both sides are exact, the product with the scale rounds
-            const float cell = 1.0f / (1 << end) * (1 << BASE), shift = zero + (0.5f - cell / 2);
-            u32 pairs[4];
-#pragma unroll
-            for (int n = 0; n < 4; n++) {
-                const float low = (float)(codes[2 * n] >> (8 - end)) * cell - shift;
-                const float high = (float)(codes[2 * n + 1] >> (8 - end)) * cell - shift;
-                pairs[n] = narrow_two(low * scale, high * scale);
-            }
-            if (row < p.rows) *(Four *)(p.out + ((u64)slot * p.rows + row) * p.columns + column) = {pairs[0], pairs[1], pairs[2], pairs[3]};
-        }
+        *(Four *)(p.out + ((u64)slot * p.rows + row) * p.columns + column) = {pairs[0], pairs[1], pairs[2], pairs[3]};
     }
 }
 
+template <int m, int f> DEVICE void write_half(const Params &p, const u32 *words, const Reading *readings, int row_tile, int column_tile, int lane) {
+    write<m, 0, f>(p, words, readings, row_tile, column_tile, lane);
+    write<m, 1, f>(p, words, readings, row_tile, column_tile, lane);
+}
+
 extern "C" __global__ void __launch_bounds__(WARPS * 32) spread(const __grid_constant__ Params p) {
+    SHARED_BYTES(memory);
+    Reading *readings = (Reading *)memory;
     const int lane = threadIdx.x % 32, tile = blockIdx.x * WARPS + threadIdx.x / 32;
     const int row_tile = tile / p.column_tiles, column_tile = tile % p.column_tiles, row_tiles = (p.rows + 31) / 32;
+    for (int slot = threadIdx.x; slot < p.slots; slot += WARPS * 32) readings[slot] = reading_of(p.depth[slot]);
+    __syncthreads();
     if (row_tile >= row_tiles) return;
     int deepest = 0;
     for (int s = 0; s < p.slots; s++)
         if ((!p.counts || p.counts[s]) && p.depth[s] > deepest) deepest = p.depth[s];
     u32 words[WORDS];
-#pragma unroll
-    for (int i = 0; i < PIECES; i++) {
-        u32 *to = words + OFFSETS.at[i];
-        const u8 *from = p.pieces[i] + ((u64)tile * 32 + lane) * (8 * WIDTH[i]);
-        if (WIDTH[i] == 2) {
-            const Four got = fetch_four(from, DEPTH[i] <= deepest);
-            to[0] = got.x, to[1] = got.y, to[2] = got.z, to[3] = got.w;
-        } else {
-            const Two got = fetch_two(from, DEPTH[i] <= deepest);
-            to[0] = got.x, to[1] = got.y;
-        }
-    }
-    write<0>(p, words, row_tile, column_tile, lane);
-    write<1>(p, words, row_tile, column_tile, lane);
+    fetch_words<0, COUNT_OF_PIECES>(words, p.pieces, (u64)tile * 32 + lane, deepest);
+    write_half<0, 0>(p, words, readings, row_tile, column_tile, lane);
+    write_half<0, 1>(p, words, readings, row_tile, column_tile, lane);
+    write_half<1, 0>(p, words, readings, row_tile, column_tile, lane);
+    write_half<1, 1>(p, words, readings, row_tile, column_tile, lane);
 }

@@ -1,0 +1,176 @@
+"""One token at a time through a whole model on CUDA, replayed as one graph: what `generate` uses on a GPU.
+
+What: a `Decoder` holds a cache of keys and values of a fixed length and runs the blocks by few launches each: the products of
+the layers that read one input with their router (`kernels/cuda/few`), and one launch for each thing between
+(`kernels/cuda/block`). The prompt goes through the model itself, whose cache is copied.
+
+Choice: a step of transformers is a thousand launches of small operators, which take longer than reading the weights. Captured
+once as a CUDA graph, a step is one launch; position, token, thresholds and caps lie in device memory, so the same graph serves
+every token and every precision, also one that is set between two tokens.
+
+For blocks of the Llama kind, as on a CPU (`decoder`); `reason` says why a model is not of it.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mobiquant import budget, matmul
+from mobiquant.decoder import FAMILIES, ROTARY, ROUND, path_of
+from mobiquant.kernels.cuda import block as between
+from mobiquant.kernels.cuda.few import DTYPES
+from mobiquant.linear import MobiLinear, mobilinears
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+WARM_UP = 2
+
+
+def reason(model: Any, positions: int) -> str | None:
+    """Why a model cannot be decoded by graphs for so many positions; None where it can."""
+    config, weight = model.config, model.get_input_embeddings().weight
+    if config.model_type not in FAMILIES:
+        return f"models of the family '{config.model_type}' have no captured decoding"
+    if config.hidden_act != "silu":
+        return f"the activation '{config.hidden_act}' is not silu"
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") not in ROTARY:
+        return "its rotary positions depend on the length of the text"
+    window = getattr(config, "sliding_window", None)
+    if window and getattr(config, "use_sliding_window", True) and window < positions:
+        return f"its attention reaches back {window} tokens only"
+    head, share = _head(config), config.num_attention_heads // config.num_key_value_heads
+    if head not in between.HEADS or share > between.MOST_SHARE or config.hidden_size > between.MOST_COLUMNS:
+        return f"its heads have {head} elements, {share} for one key, in {config.hidden_size} columns"
+    if {parameter.dtype for parameter in model.parameters()} != {weight.dtype} or weight.dtype not in DTYPES:
+        return "its parameters are not all fp16 or all bf16"
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        return "it lies on several devices"
+    if len(budget.state(model).get()[0]) > 1:
+        return "precision is set for several sequences"
+    return _layers_reason(model, weight)
+
+
+def _layers_reason(model: Any, like: Tensor) -> str | None:
+    for block in model.base_model.layers:
+        for name in LINEARS:
+            layer = block.get_submodule(path_of(name))
+            if not isinstance(layer, MobiLinear):
+                return f"a layer '{name}' is not quantised"
+            form, token = layer.format, like.new_empty(1, layer.in_features)
+            if not matmul.on_gpu(token, form.slices, form.group_size, layer.in_features):
+                return "its layers do not take the CUDA kernels"
+    return None
+
+
+def _head(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def of(model: Any, positions: int) -> "Decoder":
+    """A decoder for at least so many positions: the one of the last call where the model has not changed since."""
+    held = model.__dict__.get("_mobiquant_captured")
+    if held is None or held.positions < positions or held.seen != _addresses(model):
+        # the old cache is freed before there is a new one
+        model.__dict__["_mobiquant_captured"] = held = None
+        held = Decoder(model, -(-positions // ROUND) * ROUND)
+        model.__dict__["_mobiquant_captured"] = held
+    return held
+
+
+def _addresses(model: nn.Module) -> list[int]:
+    """Where all that a graph reads lies: elsewhere after a move, a cast, another load, or precision for another batch."""
+    device = next(model.parameters()).device
+    tensors = [*model.parameters(), *budget.state(model).on(device), budget.state(model).counter(device)]
+    return [tensor.data_ptr() for tensor in tensors] + [id(layer._tiles) for layer in mobilinears(model).values()]
+
+
+class Decoder:
+    """Steps of a model; `reason` must have found nothing. Reads the precision of the model anew at every step."""
+
+    def __init__(self, model: Any, positions: int):
+        self.model, self.positions, self.precision = model, positions, budget.state(model)
+        config, inner = model.config, model.base_model
+        embedding = model.get_input_embeddings().weight
+        self.device, self.epsilon = embedding.device, config.rms_norm_eps
+        cosine, sine = inner.rotary_emb(torch.zeros(1, device=self.device), torch.arange(positions, device=self.device)[None])
+        half = _head(config) // 2
+        self.cosine, self.sine = (table[0, :, :half].float().contiguous() for table in (cosine, sine))
+        self.attention = [self._attention(block, embedding) for block in inner.layers]
+        self.token = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.position = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.logits, self.filled = torch.empty(0), 0
+        self._warm_up()
+        self.seen = _addresses(model)
+
+    def _attention(self, block: Any, like: Tensor) -> between.Attention:
+        config, attention, norms = self.model.config, block.self_attn, None
+        if hasattr(attention, "q_norm"):
+            norms = attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon
+        shape = config.num_attention_heads, config.num_key_value_heads, self.positions, _head(config)
+        return between.Attention(1, *shape, attention.scaling, like, norms)
+
+    @torch.inference_mode()
+    def prefill(self, tokens: Int[Tensor, "1 L"]) -> Float[Tensor, " V"]:
+        """Run a prompt through the model and take over its cache; returns the logits of the next token in fp32."""
+        out = self.model(tokens.to(self.device), use_cache=True, logits_to_keep=1)
+        length = tokens.shape[1]
+        for own, layer in zip(self.attention, out.past_key_values.layers, strict=True):
+            own.keys[:, :, :length] = layer.keys
+            own.values[:, :, :length] = layer.values
+        self.position.fill_(length)
+        self.filled = length
+        return out.logits[0, -1].float()
+
+    @torch.inference_mode()
+    def step(self, token: int) -> Float[Tensor, " V"]:
+        """Read one token at the next position; returns the logits of the one after it, a buffer that the next step reuses.
+
+        Raises IndexError where the positions asked for at the start are used up or there is no such token.
+        """
+        if not (0 <= token < self.model.config.vocab_size and self.filled < self.positions):
+            raise IndexError(f"token {token} at position {self.filled} of {self.positions} cannot be read")
+        self.token.fill_(token)
+        if self.graph is None:
+            self.logits = self._run()
+        else:
+            self.graph.replay()
+        self.filled += 1
+        return self.logits
+
+    def _run(self) -> Float[Tensor, " V"]:
+        """All launches of a step."""
+        inner = self.model.base_model
+        hidden, more = nn.functional.embedding(self.token, self.model.get_input_embeddings().weight), None
+        for block, attention in zip(inner.layers, self.attention, strict=True):
+            own, mlp = block.self_attn, block.mlp
+            x = between.sum_norm(hidden, more, block.input_layernorm.weight, self.epsilon)
+            query, key, value = own.q_proj(x), own.k_proj(x), own.v_proj(x)
+            more = own.o_proj(attention(query, key, value, self.cosine, self.sine, self.position))
+            x = between.sum_norm(hidden, more, block.post_attention_layernorm.weight, self.epsilon)
+            gated, up = mlp.gate_proj(x), mlp.up_proj(x)
+            more = mlp.down_proj(between.gate(gated, up))
+        x = between.sum_norm(hidden, more, inner.norm.weight, self.epsilon)
+        self.position += 1
+        return self.model.get_output_embeddings()(x)[0].float()
+
+    @torch.inference_mode()
+    def _warm_up(self) -> None:
+        """Compile what a step takes and capture it; counters and position are as before afterwards."""
+        counter = self.precision.counter(self.device)
+        kept = counter.clone()
+        if self.device.type == "cuda":
+            beside = torch.cuda.Stream(self.device)
+            beside.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(beside):
+                for _ in range(WARM_UP):
+                    self._run()
+            torch.cuda.current_stream(self.device).wait_stream(beside)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = self._run()
+        else:
+            self._run()
+        counter.copy_(kept)
+        self.position.zero_()

@@ -1,0 +1,27 @@
+// silu(gate) * up of each token, rounded where transformers rounds.
+//
+// Set by the compiler's command line: BF16.
+
+#ifdef EMULATED
+#include "simt.h"
+#else
+#include "device.h"
+#endif
+
+constexpr int THREADS = 256;
+
+struct Params {
+    const u16 *gate, *up;
+    u16 *out;
+    int count;
+};
+
+DEVICE float wide(u16 value) { return BF16 ? from_bf16(value) : from_fp16(value); }
+DEVICE u16 narrow(float value) { return BF16 ? to_bf16(value) : to_fp16(value); }
+
+extern "C" __global__ void __launch_bounds__(THREADS) gate(const __grid_constant__ Params p) {
+    const int at = blockIdx.x * THREADS + threadIdx.x;
+    if (at >= p.count) return;
+    const float v = wide(p.gate[at]);
+    p.out[at] = narrow(wide(narrow(v / (1 + expf(-v)))) * wide(p.up[at]));
+}
