@@ -30,7 +30,18 @@ class Emulated(compiler.Kernel):
         if not library.exists():
             FOLDER.mkdir(exist_ok=True)
             new = library.with_suffix(f".{os.getpid()}")
-            words = [COMPILER, "-O1", "-std=c++17", "-shared", "-fPIC", "-w", f"-I{HERE}", f"-I{compiler.HERE}", f"-DKERNEL={name}", *options]
+            words = [
+                COMPILER,
+                "-O1",
+                "-std=c++17",
+                "-shared",
+                "-fPIC",
+                "-w",
+                f"-I{HERE}",
+                f"-I{compiler.HERE}",
+                f"-DKERNEL={name}",
+                *options,
+            ]
             built = subprocess.run([*words, str(HERE / "emulate.cpp"), "-o", str(new)], capture_output=True, text=True)
             assert built.returncode == 0, built.stderr[-3000:]
             new.replace(library)

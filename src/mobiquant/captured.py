@@ -81,15 +81,21 @@ def of(model: Any, positions: int) -> "Decoder":
 def _addresses(model: nn.Module) -> list[int]:
     """Where all that a graph reads lies: elsewhere after a move, a cast, another load, or precision for another batch."""
     device = next(model.parameters()).device
-    tensors = [*model.parameters(), *budget.state(model).on(device), budget.state(model).counter(device)]
+    tensors = list(model.parameters())
+    if mobilinears(model):
+        tensors += [*budget.state(model).on(device), budget.state(model).counter(device)]
     return [tensor.data_ptr() for tensor in tensors] + [id(layer._tiles) for layer in mobilinears(model).values()]
 
 
 class Decoder:
-    """Steps of a model; `reason` must have found nothing. Reads the precision of the model anew at every step."""
+    """Steps of a model; `reason` must have found nothing. Reads the precision of the model anew at every step.
+
+    A model that is not quantised is decoded too, which is what to compare with.
+    """
 
     def __init__(self, model: Any, positions: int):
-        self.model, self.positions, self.precision = model, positions, budget.state(model)
+        self.model, self.positions = model, positions
+        self.precision = budget.state(model) if mobilinears(model) else None
         config, inner = model.config, model.base_model
         embedding = model.get_input_embeddings().weight
         self.device, self.epsilon = embedding.device, config.rms_norm_eps
@@ -158,8 +164,8 @@ class Decoder:
     @torch.inference_mode()
     def _warm_up(self) -> None:
         """Compile what a step takes and capture it; counters and position are as before afterwards."""
-        counter = self.precision.counter(self.device)
-        kept = counter.clone()
+        counter = None if self.precision is None else self.precision.counter(self.device)
+        kept = None if counter is None else counter.clone()
         if self.device.type == "cuda":
             beside = torch.cuda.Stream(self.device)
             beside.wait_stream(torch.cuda.current_stream(self.device))
@@ -172,5 +178,6 @@ class Decoder:
                 self.logits = self._run()
         else:
             self._run()
-        counter.copy_(kept)
+        if counter is not None:
+            counter.copy_(kept)
         self.position.zero_()

@@ -1,21 +1,23 @@
 // Few tokens by the weights of up to four layers that read the same input, in one launch: router, thresholds and products.
 //
-// What: y_t = x_t read(q, depth_t)^T + bias. With codes cut to the bits of the depth (`slices.prefix`, in the upper bits of a byte)
+// What: y_t = x_t read(q, depth_t)^T + bias. With codes cut to the bits of the depth (`slices.prefix`, in the upper bits of a
+// byte)
 //
 //     y = 2^(BASE - 8) sum over groups of s (sum_k code_k x_k + (half a cell - first half - zero) sum_k x_k)
 //
-// How. x is taken to 16 bits with a scale for each token and 64 columns, as two planes of signed bytes x = scale (256 high + low): the error is
-// below that of storing y. Products are then whole numbers on the tensor cores, weights being their wide side (m16n8k32), the two
-// planes of up to four tokens their eight columns. A code needs no conversion: shifting and masking a word gives four of them.
+// How. x is taken to 16 bits with a scale for each token and 64 columns, as two planes of signed bytes (`stage.h`)
+// x = scale (256 high + low): the error is below that of storing y. Products are then whole numbers on the tensor cores, weights
+// being their wide side (m16n8k32), the two planes of up to four tokens their eight columns. A code needs no conversion:
+// shifting and masking a word gives four of them (`pieces.h`).
 //
-// A block owns 32 rows at a time; its warps share out the columns in tiles of 64 and are summed in a fixed order. A lane fetches
-// its part of a tile with one load of 8 bytes for each bit (`tiles.py`) while it works on the tiles before.
+// A block owns 32 rows at a time; its warps share out the columns in tiles of 64 and are summed in a fixed order. A lane
+// fetches its part of a tile with one load of 8 bytes for each bit (`tiles.py`) while it works on the tiles before.
 //
-// Routing. Blocks first score part of the columns each; the last to arrive adds up and decides. Meanwhile the others read the base
-// slice of their first rows, which every token needs. Slices that no token needs are not fetched.
+// Routing (`score.h`). Blocks first score part of the columns each; the last to arrive adds up and decides. Meanwhile the
+// others read the base slice of their first rows, which every token needs. Slices that no token needs are not fetched.
 //
-// Set by the compiler's command line: BF16, GROUP, NT (tokens in fours), WARPS, BASE (width of the base slice), PIECES, and for each
-// piece its WIDTHS (1 or 2 bits), DEPTHS (of the slice that it is part of) and ENDS (bits up to and with it).
+// Set by the compiler's command line: BF16, GROUP, NT (tokens in fours), WARPS, BASE (width of the base slice), PIECES, and for
+// each piece its WIDTHS (1 or 2 bits), DEPTHS (of the slice that it is part of) and ENDS (bits up to and with it).
 
 #ifdef EMULATED
 #include "simt.h"
@@ -23,125 +25,9 @@
 #include "device.h"
 #endif
 #include "pieces.h"
-
-constexpr int TOKENS = 4 * NT, MEMBERS = 4, MOST_HIDDEN = 128, HIDDEN_TILE = 32;
-// columns of x that share a scale: those of a tile, or of a group where that is smaller
-constexpr int UNIT = GROUP < 64 ? GROUP : 64, HALVES = 64 / UNIT, THREADS = WARPS * 32, STRIDE = 33;
-// bytes from one column of x to the next: 64 more than the columns, so that two columns lie in different banks
-constexpr int BESIDE = 64;
-constexpr float STEPS = 32512;
-
-struct Member {
-    const u8 *pieces[PIECES];  // [row tiles][column tiles][32 lanes][8 bytes * width]
-    const u8 *scale;           // fp16 [row tiles][groups][8][4]
-    const u8 *zero;            // uint8, the same order
-    const float *bias;         // [rows] or null
-    u16 *out;                  // [tokens, rows]
-    int rows, end;             // end: row tiles up to and with this member
-};
-
-struct Router {
-    const u8 *weight;             // int8 [hidden tiles][column tiles][4][32 lanes][16]
-    const u16 *weight_scale;      // fp16 [hidden]
-    const float *rms, *bias;      // [hidden]
-    const float *out, *out_bias;  // [scores, hidden], [scores]
-    float *partial;               // [parts][hidden + 1][TOKENS]
-    int *depth;                   // [TOKENS]
-    u32 *state;                   // arrived, ready, left: zero between launches
-    int hidden, scores;           // no router where hidden is 0
-};
-
-struct Params {
-    Member members[MEMBERS];
-    Router router;
-    const u16 *x;          // [tokens, columns]
-    const float *tau;      // [entries]
-    const long long *cap;  // [entries]
-    double *read;          // [entries, depths]: weights read at each depth
-    int tokens, columns, column_tiles, groups, entries, depths, parts;
-};
-
-// ---- shared memory: x in bytes, scale and sum of x of each unit, and sums of the warps, twice
-
-struct Shared {
-    u8 *x;
-    Pair *units;
-    float *sums;
-};
-
-DEVICE int x_stride(const Params &p) { return p.column_tiles * 64 + BESIDE; }
-
-constexpr int SUMS = WARPS * TOKENS * STRIDE;
-
-DEVICE Shared carve(u8 *memory, const Params &p) {
-    Shared s;
-    s.x = memory;
-    s.units = (Pair *)(memory + 2 * TOKENS * x_stride(p));
-    s.sums = (float *)(s.units + p.column_tiles * HALVES * TOKENS);
-    return s;
-}
-
-DEVICE float wide(u16 value) { return BF16 ? from_bf16(value) : from_fp16(value); }
-DEVICE u16 narrow(float value) { return BF16 ? to_bf16(value) : to_fp16(value); }
-
-// where the eight bytes of columns 8 n .. 8 n + 7 lie in a column of x: the two steps of a tile side by side for each lane
-DEVICE int place_of_eight(int n) { return n / 8 * 64 + n % 4 * 16 + n / 4 % 2 * 8; }
-
-// x to two planes of bytes; a thread takes eight columns, the lanes of a unit agree on its scale
-DEVICE void stage(const Params &p, const Shared &s) {
-    constexpr int lanes = UNIT / 8;
-    const int lane = threadIdx.x % 32, stride = x_stride(p), eights = p.column_tiles * 8, total = eights * TOKENS;
-    for (int first = threadIdx.x - lane; first < total; first += THREADS) {
-        const int at = first + lane, token = at / eights, eight = at % eights;
-        const bool there = at < total && token < p.tokens && eight * 8 < p.columns;
-        Four four = {0, 0, 0, 0};
-        if (there) four = *(const Four *)(p.x + (u64)token * p.columns + eight * 8);
-        const u32 twos[4] = {four.x, four.y, four.z, four.w};
-        float v[8];
-        u32 most = 0;
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            v[i] = wide((u16)(twos[i / 2] >> (16 * (i % 2))));
-            const u32 size = __float_as_uint(v[i]) & 0x7fffffffu;  // in this order NaN is the largest
-            most = most > size ? most : size;
-        }
-#pragma unroll
-        for (int by = 1; by < lanes; by *= 2) {
-            const u32 other = shuffle_xor(most, by);
-            most = most > other ? most : other;
-        }
-        const float largest = __uint_as_float(most), scale = largest < 1e-33f ? 0 : largest / STEPS;
-        const float inverse = largest < 1e-33f ? 0 : STEPS / largest;
-        u32 bits[8];
-        int sum = 0;
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            // the nearest whole number in the low bits of a float
-            bits[i] = __float_as_uint(fmaf(v[i], inverse, 12582912.0f));
-            sum += (int)(bits[i] - 0x4b400000u);
-        }
-#pragma unroll
-        for (int by = 1; by < lanes; by *= 2) sum += shuffle_xor(sum, by);
-        if (at >= total) continue;
-        u8 *high = s.x + (u64)(2 * token) * stride + place_of_eight(eight), *low = high + stride;
-        Two highs, lows;
-        u32 *words[2] = {&highs.x, &highs.y}, *under[2] = {&lows.x, &lows.y};
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            u32 above = 0, below = 0;
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const u32 whole = bits[half * 4 + i];
-                below |= (whole & 255) << (8 * i);
-                above |= ((whole + 128) >> 8 & 255) << (8 * i);  // low is signed
-            }
-            *words[half] = above, *under[half] = below;
-        }
-        *(Two *)high = highs;
-        *(Two *)low = lows;
-        if (eight % lanes == 0) s.units[eight / lanes * TOKENS + token] = {scale, scale * (float)sum};
-    }
-}
+#include "launch.h"
+#include "stage.h"
+#include "score.h"
 
 // ---- tiles in registers
 
@@ -163,21 +49,6 @@ DEVICE void fetch(Tile<first, last> &tile, const Params &p, const Member &m, int
         const Two scale = fetch_two(m.scale + at * 8, wanted);
         tile.scale[h][0] = scale.x, tile.scale[h][1] = scale.y;
         if (first == 0) tile.zero[h] = fetch_one(m.zero + at * 4, wanted);
-    }
-}
-
-typedef int Sums[HALVES][2][NT][4];
-
-// the two planes of all tokens in one tile: [NT][step][register]
-struct Inputs {
-    u32 v[NT][2][2];
-};
-
-DEVICE void load_inputs(Inputs &in, const Params &p, const Shared &s, int column_tile, int lane) {
-#pragma unroll
-    for (int c = 0; c < NT; c++) {
-        const Four four = *(const Four *)(s.x + (u64)(c * 8 + lane / 4) * x_stride(p) + column_tile * 64 + lane % 4 * 16);
-        in.v[c][0][0] = four.x, in.v[c][0][1] = four.y, in.v[c][1][0] = four.z, in.v[c][1][1] = four.w;
     }
 }
 
@@ -216,8 +87,6 @@ struct Tokens {
     bool alike;
 };
 
-typedef float Rows[4][NT];  // row 16 m + 8 u + lane / 4 at 2 m + u, token 4 c + lane % 4
-
 template <int first, int last, bool apart>
 DEVICE void add_tile(Rows &y, const Tile<first, last> &tile, const Params &p, const Shared &s, int column_tile, int lane, const Tokens &t) {
     Inputs in;
@@ -255,15 +124,6 @@ DEVICE int row_tiles_of(const Params &p) {
     int most = 0;
     for (int i = 0; i < MEMBERS; i++) most = p.members[i].end > most ? p.members[i].end : most;
     return most;
-}
-
-DEVICE int place_of(int warp, int token, int row) { return (warp * TOKENS + token) * STRIDE + row; }
-
-DEVICE void put(float *sums, const Rows &y, int warp, int lane) {
-#pragma unroll
-    for (int r = 0; r < 4; r++)
-#pragma unroll
-        for (int c = 0; c < NT; c++) sums[place_of(warp, c * 4 + lane % 4, r * 8 + lane / 4)] = y[r][c];
 }
 
 // add up the warps and store 32 rows of all tokens; the two buffers take turns, so one barrier is enough
@@ -342,144 +202,6 @@ DEVICE void sweep_to(int deepest, const Params &p, const Shared &s, int from, in
         }
     }
     if constexpr (last < COUNT_OF_PIECES) sweep_to<first, depth + 1>(deepest, p, s, from, by, to, keep, t, y, turn, begin);
-}
-
-// ---- the router: some columns of its first matrix in each block, the rest in the block that is last to arrive
-
-// products of 32 hidden units with all tokens over this block's columns, and the energy of x there, into `partial`
-DEVICE void score_part(const Params &p, const Shared &s, int block) {
-    const Router &r = p.router;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    float *partial = r.partial + block * (r.hidden + 1) * TOKENS;
-    for (int hidden_tile = 0; hidden_tile * HIDDEN_TILE < r.hidden; hidden_tile++) {
-        Rows y = {};
-        float energy[NT] = {};
-        for (int tile = block + warp * p.parts; tile < p.column_tiles; tile += WARPS * p.parts) {
-            const u8 *from = r.weight + ((u64)hidden_tile * p.column_tiles + tile) * 2048 + lane * 16;
-            Inputs in;
-            load_inputs(in, p, s, tile, lane);
-            Sums sums = {};
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const Four four = fetch_four(from + i * 512, true);
-                const u32 a[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-                for (int c = 0; c < NT; c++) multiply_bytes(sums[HALVES == 2 ? i % 2 : 0][i / 2][c], a, in.v[c][i % 2][0], in.v[c][i % 2][1]);
-            }
-#pragma unroll
-            for (int c = 0; c < NT; c++) {
-#pragma unroll
-                for (int h = 0; h < HALVES; h++) {
-                    const Pair x = s.units[(tile * HALVES + h) * TOKENS + c * 4 + lane % 4];
-#pragma unroll
-                    for (int row = 0; row < 4; row++) {
-                        const int *sum = sums[h][row / 2][c] + row % 2 * 2;
-                        y[row][c] = fmaf((float)(sum[0] * 256 + sum[1]), x.x, y[row][c]);
-                    }
-                }
-                const int token = c * 4 + lane / 8, column = tile * 64 + lane % 8 * 8;
-                if (hidden_tile == 0 && token < p.tokens && column < p.columns) {
-                    const Four four = *(const Four *)(p.x + (u64)token * p.columns + column);
-                    const u32 twos[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-                    for (int i = 0; i < 8; i++) {
-                        const float v = wide((u16)(twos[i / 2] >> (16 * (i % 2))));
-                        energy[c] = fmaf(v, v, energy[c]);
-                    }
-                }
-            }
-        }
-        float *energies = s.sums + SUMS;
-        put(s.sums, y, warp, lane);
-#pragma unroll
-        for (int c = 0; c < NT; c++) {
-#pragma unroll
-            for (int by = 1; by < 8; by *= 2) energy[c] += shuffle_xor(energy[c], by);
-            if (lane % 8 == 0) energies[warp * TOKENS + c * 4 + lane / 8] = energy[c];
-        }
-        __syncthreads();
-        for (int i = threadIdx.x; i < HIDDEN_TILE * TOKENS; i += THREADS) {
-            const int token = i / HIDDEN_TILE, unit = hidden_tile * HIDDEN_TILE + i % HIDDEN_TILE;
-            float total = 0;
-            for (int w = 0; w < WARPS; w++) total += s.sums[place_of(w, token, i % HIDDEN_TILE)];
-            if (unit < r.hidden) partial[unit * TOKENS + token] = total;
-        }
-        for (int token = threadIdx.x; hidden_tile == 0 && token < TOKENS; token += THREADS) {
-            float total = 0;
-            for (int w = 0; w < WARPS; w++) total += energies[w * TOKENS + token];
-            partial[r.hidden * TOKENS + token] = total;
-        }
-        __syncthreads();
-    }
-}
-
-DEVICE float softplus(float x) { return x > 20 ? x : log1pf(expf(x)); }
-
-DEVICE int entry_of(const Params &p, int token) { return token / (p.tokens / p.entries); }
-
-// what a token reads in all layers of the launch
-DEVICE void count(const Params &p, int token, int depth) {
-    double weights = 0;
-    for (int i = 0; i < MEMBERS; i++) weights += (double)p.members[i].rows * p.columns;
-    // whole numbers: any order of additions gives the same sum
-    atomicAdd(p.read + entry_of(p, token) * p.depths + depth - 1, weights);
-}
-
-// scores as in `router.scores`, depths as in `router.depths`
-DEVICE void decide(const Params &p, const Shared &s) {
-    const Router &r = p.router;
-    const int stride = (r.hidden + 1) * TOKENS;
-    float *active = s.sums, *scores = s.sums + MOST_HIDDEN * TOKENS;
-    for (int i = threadIdx.x; i < r.hidden * p.tokens; i += THREADS) {
-        const int unit = i / p.tokens, token = i % p.tokens;
-        float sum = 0, energy = 0;
-        for (int b = 0; b < p.parts; b++) {
-            sum += load_shared_by_all(r.partial + b * stride + unit * TOKENS + token);
-            energy += load_shared_by_all(r.partial + b * stride + r.hidden * TOKENS + token);
-        }
-        float rms = sqrtf(energy / p.columns);
-        rms = rms < 1e-6f ? 1e-6f : rms;  // NaN stays NaN
-        const float z = sum / rms * from_fp16(r.weight_scale[unit]) + logf(rms) * r.rms[unit] + r.bias[unit];
-        active[unit * TOKENS + token] = z / (1 + expf(-z));
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < r.scores * p.tokens; i += THREADS) {
-        const int score = i / p.tokens, token = i % p.tokens;
-        float sum = 0;
-        for (int unit = 0; unit < r.hidden; unit++) sum += r.out[score * r.hidden + unit] * active[unit * TOKENS + token];
-        scores[score * TOKENS + token] = sum + r.out_bias[score];
-    }
-    __syncthreads();
-    if (threadIdx.x < p.tokens) {
-        const int token = threadIdx.x, entry = entry_of(p, token), cap = (int)p.cap[entry];
-        const float tau = p.tau[entry];
-        int depth = 1 + (scores[token] > tau);
-        float fall = 0;
-        for (int i = 1; i < r.scores; i++) {
-            fall += softplus(scores[i * TOKENS + token]);
-            depth += scores[token] - fall > tau;
-        }
-        depth = depth < cap ? depth : cap;
-        r.depth[token] = depth;
-        count(p, token, depth);
-    }
-}
-
-// this block's part of the scores, and the decision where it is the last
-DEVICE void route(const Params &p, const Shared &s, int *said) {
-    if (blockIdx.x >= p.parts) return;
-    u32 *state = p.router.state;
-    score_part(p, s, blockIdx.x);
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) *said = atomicAdd(state, 1u);
-    __syncthreads();
-    if (*said != p.parts - 1) return;
-    __threadfence();
-    decide(p, s);
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) store_release(state + 1, 1);
 }
 
 constexpr float half_a_cell(int bits) { return bits == 8 ? 0.5f : 1 << (7 - (bits < 8 ? bits : 7)); }

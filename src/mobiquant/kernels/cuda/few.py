@@ -137,5 +137,5 @@ def processors(device: torch.device) -> int:
 
 
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a block may take."""
-    return MEMORY.get(torch.cuda.get_device_capability(device), USUAL_MEMORY)
+    """Bytes of shared memory that a block may ask for: a little is there already."""
+    return -1024 + MEMORY.get(torch.cuda.get_device_capability(device), USUAL_MEMORY)

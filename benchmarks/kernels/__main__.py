@@ -1,0 +1,5 @@
+"""Lets `python benchmarks/kernels` measure the GPU kernels."""
+
+from command import main
+
+main()

@@ -1,0 +1,139 @@
+// The router of a launch of `few.cu`: each block scores all tokens over some columns, the last to arrive adds up and decides.
+
+#pragma once
+
+// products of 32 hidden units with all tokens over this block's columns, and the energy of x there, into `partial`
+DEVICE void score_part(const Params &p, const Shared &s, int block) {
+    const Router &r = p.router;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float *partial = r.partial + block * (r.hidden + 1) * TOKENS;
+    for (int hidden_tile = 0; hidden_tile * HIDDEN_TILE < r.hidden; hidden_tile++) {
+        Rows y = {};
+        float energy[NT] = {};
+        for (int tile = block + warp * p.parts; tile < p.column_tiles; tile += WARPS * p.parts) {
+            const u8 *from = r.weight + ((u64)hidden_tile * p.column_tiles + tile) * 2048 + lane * 16;
+            Inputs in;
+            load_inputs(in, p, s, tile, lane);
+            Sums sums = {};
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const Four four = fetch_four(from + i * 512, true);
+                const u32 a[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+                for (int c = 0; c < NT; c++) multiply_bytes(sums[HALVES == 2 ? i % 2 : 0][i / 2][c], a, in.v[c][i % 2][0], in.v[c][i % 2][1]);
+            }
+#pragma unroll
+            for (int c = 0; c < NT; c++) {
+#pragma unroll
+                for (int h = 0; h < HALVES; h++) {
+                    const Pair x = s.units[(tile * HALVES + h) * TOKENS + c * 4 + lane % 4];
+#pragma unroll
+                    for (int row = 0; row < 4; row++) {
+                        const int *sum = sums[h][row / 2][c] + row % 2 * 2;
+                        y[row][c] = fmaf((float)(sum[0] * 256 + sum[1]), x.x, y[row][c]);
+                    }
+                }
+                const int token = c * 4 + lane / 8, column = tile * 64 + lane % 8 * 8;
+                if (hidden_tile == 0 && token < p.tokens && column < p.columns) {
+                    const Four four = *(const Four *)(p.x + (u64)token * p.columns + column);
+                    const u32 twos[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+                    for (int i = 0; i < 8; i++) {
+                        const float v = wide((u16)(twos[i / 2] >> (16 * (i % 2))));
+                        energy[c] = fmaf(v, v, energy[c]);
+                    }
+                }
+            }
+        }
+        float *energies = s.sums + SUMS;
+        put(s.sums, y, warp, lane);
+#pragma unroll
+        for (int c = 0; c < NT; c++) {
+#pragma unroll
+            for (int by = 1; by < 8; by *= 2) energy[c] += shuffle_xor(energy[c], by);
+            if (lane % 8 == 0) energies[warp * TOKENS + c * 4 + lane / 8] = energy[c];
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < HIDDEN_TILE * TOKENS; i += THREADS) {
+            const int token = i / HIDDEN_TILE, unit = hidden_tile * HIDDEN_TILE + i % HIDDEN_TILE;
+            float total = 0;
+            for (int w = 0; w < WARPS; w++) total += s.sums[place_of(w, token, i % HIDDEN_TILE)];
+            if (unit < r.hidden) partial[unit * TOKENS + token] = total;
+        }
+        for (int token = threadIdx.x; hidden_tile == 0 && token < TOKENS; token += THREADS) {
+            float total = 0;
+            for (int w = 0; w < WARPS; w++) total += energies[w * TOKENS + token];
+            partial[r.hidden * TOKENS + token] = total;
+        }
+        __syncthreads();
+    }
+}
+
+DEVICE float softplus(float x) { return x > 20 ? x : log1pf(expf(x)); }
+
+DEVICE int entry_of(const Params &p, int token) { return token / (p.tokens / p.entries); }
+
+// what a token reads in all layers of the launch
+DEVICE void count(const Params &p, int token, int depth) {
+    double weights = 0;
+    for (int i = 0; i < MEMBERS; i++) weights += (double)p.members[i].rows * p.columns;
+    // whole numbers: any order of additions gives the same sum
+    atomicAdd(p.read + entry_of(p, token) * p.depths + depth - 1, weights);
+}
+
+// scores as in `router.scores`, depths as in `router.depths`
+DEVICE void decide(const Params &p, const Shared &s) {
+    const Router &r = p.router;
+    const int stride = (r.hidden + 1) * TOKENS;
+    float *active = s.sums, *scores = s.sums + MOST_HIDDEN * TOKENS;
+    for (int i = threadIdx.x; i < r.hidden * p.tokens; i += THREADS) {
+        const int unit = i / p.tokens, token = i % p.tokens;
+        float sum = 0, energy = 0;
+        for (int b = 0; b < p.parts; b++) {
+            sum += load_shared_by_all(r.partial + b * stride + unit * TOKENS + token);
+            energy += load_shared_by_all(r.partial + b * stride + r.hidden * TOKENS + token);
+        }
+        float rms = sqrtf(energy / p.columns);
+        rms = rms < 1e-6f ? 1e-6f : rms;  // NaN stays NaN
+        const float z = sum / rms * from_fp16(r.weight_scale[unit]) + logf(rms) * r.rms[unit] + r.bias[unit];
+        active[unit * TOKENS + token] = z / (1 + expf(-z));
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < r.scores * p.tokens; i += THREADS) {
+        const int score = i / p.tokens, token = i % p.tokens;
+        float sum = 0;
+        for (int unit = 0; unit < r.hidden; unit++) sum += r.out[score * r.hidden + unit] * active[unit * TOKENS + token];
+        scores[score * TOKENS + token] = sum + r.out_bias[score];
+    }
+    __syncthreads();
+    if (threadIdx.x < p.tokens) {
+        const int token = threadIdx.x, entry = entry_of(p, token), cap = (int)p.cap[entry];
+        const float tau = p.tau[entry];
+        int depth = 1 + (scores[token] > tau);
+        float fall = 0;
+        for (int i = 1; i < r.scores; i++) {
+            fall += softplus(scores[i * TOKENS + token]);
+            depth += scores[token] - fall > tau;
+        }
+        depth = depth < cap ? depth : cap;
+        r.depth[token] = depth;
+        count(p, token, depth);
+    }
+}
+
+// this block's part of the scores, and the decision where it is the last
+DEVICE void route(const Params &p, const Shared &s, int *said) {
+    if (blockIdx.x >= p.parts) return;
+    u32 *state = p.router.state;
+    score_part(p, s, blockIdx.x);
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) *said = atomicAdd(state, 1u);
+    __syncthreads();
+    if (*said != p.parts - 1) return;
+    __threadfence();
+    decide(p, s);
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) store_release(state + 1, 1);
+}

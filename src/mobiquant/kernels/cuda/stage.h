@@ -1,0 +1,90 @@
+// x of all tokens to two planes of signed bytes in shared memory, and from there to the fragments of tensor cores.
+
+#pragma once
+
+// where the eight bytes of columns 8 n .. 8 n + 7 lie in a column of x: the two steps of a tile side by side for each lane
+DEVICE int place_of_eight(int n) { return n / 8 * 64 + n % 4 * 16 + n / 4 % 2 * 8; }
+
+// x to two planes of bytes; a thread takes eight columns, the lanes of a unit agree on its scale
+DEVICE void stage(const Params &p, const Shared &s) {
+    constexpr int lanes = UNIT / 8;
+    const int lane = threadIdx.x % 32, stride = x_stride(p), eights = p.column_tiles * 8, total = eights * TOKENS;
+    for (int first = threadIdx.x - lane; first < total; first += THREADS) {
+        const int at = first + lane, token = at / eights, eight = at % eights;
+        const bool there = at < total && token < p.tokens && eight * 8 < p.columns;
+        Four four = {0, 0, 0, 0};
+        if (there) four = *(const Four *)(p.x + (u64)token * p.columns + eight * 8);
+        const u32 twos[4] = {four.x, four.y, four.z, four.w};
+        float v[8];
+        u32 most = 0;
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            v[i] = wide((u16)(twos[i / 2] >> (16 * (i % 2))));
+            const u32 size = __float_as_uint(v[i]) & 0x7fffffffu;  // in this order NaN is the largest
+            most = most > size ? most : size;
+        }
+#pragma unroll
+        for (int by = 1; by < lanes; by *= 2) {
+            const u32 other = shuffle_xor(most, by);
+            most = most > other ? most : other;
+        }
+        const float largest = __uint_as_float(most), scale = largest < 1e-33f ? 0 : largest / STEPS;
+        const float inverse = largest < 1e-33f ? 0 : STEPS / largest;
+        u32 bits[8];
+        int sum = 0;
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            // the nearest whole number in the low bits of a float
+            bits[i] = __float_as_uint(fmaf(v[i], inverse, 12582912.0f));
+            sum += (int)(bits[i] - 0x4b400000u);
+        }
+#pragma unroll
+        for (int by = 1; by < lanes; by *= 2) sum += shuffle_xor(sum, by);
+        if (at >= total) continue;
+        u8 *high = s.x + (u64)(2 * token) * stride + place_of_eight(eight), *low = high + stride;
+        Two highs, lows;
+        u32 *words[2] = {&highs.x, &highs.y}, *under[2] = {&lows.x, &lows.y};
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            u32 above = 0, below = 0;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const u32 whole = bits[half * 4 + i];
+                below |= (whole & 255) << (8 * i);
+                above |= ((whole + 128) >> 8 & 255) << (8 * i);  // low is signed
+            }
+            *words[half] = above, *under[half] = below;
+        }
+        *(Two *)high = highs;
+        *(Two *)low = lows;
+        if (eight % lanes == 0) s.units[eight / lanes * TOKENS + token] = {scale, scale * (float)sum};
+    }
+}
+
+typedef int Sums[HALVES][2][NT][4];
+
+typedef float Rows[4][NT];  // row 16 m + 8 u + lane / 4 at 2 m + u, token 4 c + lane % 4
+
+// the two planes of all tokens in one tile: [NT][step][register]
+struct Inputs {
+    u32 v[NT][2][2];
+};
+
+DEVICE void load_inputs(Inputs &in, const Params &p, const Shared &s, int column_tile, int lane) {
+#pragma unroll
+    for (int c = 0; c < NT; c++) {
+        const Four four = *(const Four *)(s.x + (u64)(c * 8 + lane / 4) * x_stride(p) + column_tile * 64 + lane % 4 * 16);
+        in.v[c][0][0] = four.x, in.v[c][0][1] = four.y, in.v[c][1][0] = four.z, in.v[c][1][1] = four.w;
+    }
+}
+
+// ---- sums of a warp in shared memory
+
+DEVICE int place_of(int warp, int token, int row) { return (warp * TOKENS + token) * STRIDE + row; }
+
+DEVICE void put(float *sums, const Rows &y, int warp, int lane) {
+#pragma unroll
+    for (int r = 0; r < 4; r++)
+#pragma unroll
+        for (int c = 0; c < NT; c++) sums[place_of(warp, c * 4 + lane % 4, r * 8 + lane / 4)] = y[r][c];
+}
