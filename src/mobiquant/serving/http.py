@@ -1,0 +1,197 @@
+"""The server's side: budgets of requests, the route of the precision, metrics, and the controller at work.
+
+`Middleware` takes the field `mobiquant` out of a request and puts the budget where the worker finds it. It also goes into the
+salt of the prefix cache, so that tokens never see keys and values that were made at another precision. A request without the
+field gets the server's budget of the moment for as long as it runs; with `follow` it takes whatever is current instead, which
+mixes keys and values of several precisions, and is what makes a change felt at once.
+"""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from mobiquant.config import InputError
+from mobiquant.serving.state import BUCKETS, Budget
+from mobiquant.serving.worker import FIELD, read, write
+
+ROUTE = "/v1/mobiquant/precision"
+COMPLETIONS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+POLL = 1.0
+ENTRIES = {"bits": "a number", "routed": "true or false"}
+
+
+class Server:
+    """What the routes and the middleware of one process share."""
+
+    def __init__(self) -> None:
+        self.engine: Any = None
+        self.default: Budget | None = None
+        self.widths: tuple[int, ...] = ()
+        self.follow = False
+        self.switches = 0
+
+    async def start(self, engine: Any) -> None:
+        """Ask the workers what they serve."""
+        self.engine = engine
+        told = (await engine.collective_rpc("mobiquant_ask"))[0]
+        self.default, self.widths = read(told["default"]), tuple(told["widths"])
+
+    def budget(self, given: Any) -> Budget:
+        """A budget from JSON; raises InputError with what is wrong with it."""
+        if not isinstance(given, dict):
+            raise InputError('the field "mobiquant" is no object: give {"bits": 3}')
+        unknown = [name for name in given if name not in ENTRIES]
+        if unknown:
+            raise InputError(f"the field '{unknown[0]}' is unknown: give {', '.join(ENTRIES)}")
+        bits, routed = given.get("bits"), given.get("routed", True)
+        if isinstance(bits, bool) or not isinstance(bits, int | float):
+            raise InputError(f"bits of {bits!r} are no number: give one from {self.widths[0]} to {self.widths[-1]}")
+        if not isinstance(routed, bool):
+            raise InputError(f"routed is {routed!r}: give true or false")
+        if not self.widths[0] <= bits <= self.widths[-1]:
+            raise InputError(f"{bits:g} bits cannot be read: this model reads from {self.widths[0]} to {self.widths[-1]} bits")
+        if not routed and bits not in self.widths:
+            raise InputError(f"no prefix has {bits:g} bits: fixed widths are {', '.join(map(str, self.widths))}")
+        return Budget(float(bits), routed)
+
+    async def set(self, wanted: Budget) -> None:
+        """Change the budget of all workers."""
+        await self.engine.collective_rpc("mobiquant_tell", args=(write(wanted),))
+        self.switches += wanted != self.default
+        self.default = wanted
+
+    def stamp(self, body: dict[str, Any]) -> None:
+        """Put the budget of a request where the worker and the prefix cache find it; raises InputError."""
+        given = body.pop(FIELD, None)
+        if given is None and self.follow:
+            return
+        wanted = self.default if given is None else self.budget(given)
+        assert wanted is not None
+        body["vllm_xargs"] = {**(body.get("vllm_xargs") or {}), FIELD: write(wanted)}
+        body["cache_salt"] = f"{body.get('cache_salt') or ''}|{FIELD}:{write(wanted)}"
+
+
+SERVER = Server()
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+
+def refusal(error: InputError) -> bytes:
+    """An error in the form that OpenAI's clients read."""
+    return json.dumps({"error": {"message": str(error), "type": "BadRequestError", "param": FIELD, "code": 400}}).encode()
+
+
+class Middleware:
+    """Rewrites the bodies of requests for text: `--middleware mobiquant.serving.http.Middleware`."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]]):
+        self.app = app
+
+    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in COMPLETIONS or not SERVER.widths:
+            await self.app(scope, receive, send)
+            return
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+        try:
+            content = json.loads(body)
+            if isinstance(content, dict):
+                SERVER.stamp(content)
+                body = json.dumps(content).encode()
+        except InputError as error:
+            said = refusal(error)
+            head = [(b"content-type", b"application/json"), (b"content-length", str(len(said)).encode())]
+            await send({"type": "http.response.start", "status": 400, "headers": head})
+            await send({"type": "http.response.body", "body": said})
+            return
+        except ValueError:
+            # no JSON: vLLM says so
+            pass
+        headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
+        scope = {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
+        given = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def again() -> dict[str, Any]:
+            return given.pop() if given else await receive()
+
+        await self.app(scope, again, send)
+
+
+class Metrics:
+    """Prometheus metrics from the counters of the workers."""
+
+    def __init__(self) -> None:
+        from prometheus_client import Counter, Gauge  # pyright: ignore[reportMissingImports] -- comes with vLLM
+
+        self.bits = Gauge("mobiquant_bits_read", "Average bits of a weight that a token read since the last look")
+        self.budget = Gauge("mobiquant_budget_bits", "Average bits that requests without a field get")
+        self.tokens = Counter("mobiquant_tokens", "Tokens by the bits of a weight that they read on average", ["bits"])
+        self.switches = Counter("mobiquant_switches", "Changes of the server's budget")
+        self.before: dict[str, list[float]] = {}
+        self.counted = 0
+
+    def take(self, told: dict[str, Any]) -> None:
+        """What workers have counted by now, in sum."""
+        before = self.before or {key: [0.0] * len(told[key]) for key in ("weights", "tokens")}
+        new = {key: [b - a for a, b in zip(before[key], told[key], strict=True)] for key in before}
+        if total := sum(new["weights"]):
+            self.bits.set(sum(n * width for n, width in zip(new["weights"], told["widths"], strict=True)) / total)
+        for place, count in enumerate(new["tokens"]):
+            if count > 0:
+                self.tokens.labels(f"{place * BUCKETS:g}").inc(count)
+        self.before = {key: told[key] for key in before}
+        self.switches.inc(SERVER.switches - self.counted)
+        self.counted = SERVER.switches
+        if SERVER.default is not None:
+            self.budget.set(SERVER.default.bits)
+
+
+class Plugin:
+    """Routes for vLLM's OpenAI server; named in the group `vllm.endpoint_plugins`."""
+
+    name = FIELD
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: Any) -> None:
+        """`GET` and `PUT` of the server's budget."""
+        from fastapi import Request  # pyright: ignore[reportMissingImports]
+        from fastapi.responses import JSONResponse  # pyright: ignore[reportMissingImports]
+
+        def current() -> dict[str, Any]:
+            default = SERVER.default
+            return {} if default is None else {"bits": default.bits, "routed": default.routed, "widths": list(SERVER.widths)}
+
+        async def show() -> Any:
+            return JSONResponse(current())
+
+        async def change(request: Request) -> Any:
+            try:
+                await SERVER.set(SERVER.budget(await request.json()))
+            except InputError as error:
+                return JSONResponse(json.loads(refusal(error)), status_code=400)
+            except ValueError:
+                return JSONResponse(json.loads(refusal(InputError('the body is no JSON: give {"bits": 3}'))), status_code=400)
+            return JSONResponse(current())
+
+        # annotations in a function are strings that FastAPI cannot look up
+        change.__annotations__["request"] = Request
+        app.add_api_route(ROUTE, show, methods=["GET"])
+        app.add_api_route(ROUTE, change, methods=["PUT"])
+
+    async def init_state(self, engine: Any, state: Any, args: Any) -> None:
+        """Ask the workers, and look at their counters from then on."""
+        if engine is None:
+            return
+        await SERVER.start(engine)
+        state.mobiquant = asyncio.create_task(watch(Metrics()))
+
+
+async def watch(metrics: Metrics) -> None:
+    """Look at the counters of the workers every `POLL` seconds, as long as the engine lives."""
+    while True:
+        await asyncio.sleep(POLL)
+        # the first worker has all tokens: with tensor parallelism every one sees them all
+        metrics.take((await SERVER.engine.collective_rpc("mobiquant_ask"))[0])
