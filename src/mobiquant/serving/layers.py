@@ -1,9 +1,9 @@
 """Quantised layers in vLLM: what is loaded where, and the product as one operator.
 
-What: vLLM fuses q, k and v (gate and up) into one layer and splits layers over processes. Planes, scales and zero points follow
-the weight: rows of fused layers lie one after another, and a part of the columns is a part of the bytes. Routers are kept whole,
-one for each layer that owns one; where the columns are split, its first matrix is split too and the sums of all processes are
-added before the threshold, or processes would disagree about the depth of a token.
+What: vLLM fuses q, k and v (gate and up) into one layer and splits layers over processes. Planes, scales and zero points
+follow the weight: rows of fused layers lie one after another, and a part of the columns is a part of the bytes. Routers are
+kept whole, one for each layer that owns one; where the columns are split, its first matrix is split too and the sums of all
+processes are added before the threshold, or processes would disagree about the depth of a token.
 
 The product is an operator that is opaque to `torch.compile`; it finds its layer by name and the precision in device tensors.
 """
@@ -47,7 +47,8 @@ from mobiquant.serving.worker import install
 
 # fused layers by the parts that a checkpoint stores
 PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-SETTINGS = ("bits", "routed", "max_bits", "exact")
+# what `--additional-config` may say; the last ones are for `http`
+SETTINGS = ("bits", "routed", "max_bits", "exact", "follow", "goal", "target", "floor", "ceiling")
 LAYERS: dict[str, Any] = {}
 STATE: dict[str, State] = {}
 
