@@ -61,7 +61,7 @@ def test_what_tokens_read_is_counted_by_weight_and_by_token(state):
     told = state.counts()
     assert told["weights"] == [10, 20, 0, 0, 60]
     assert {place * 0.25: count for place, count in enumerate(told["tokens"]) if count} == {2.75: 1, 8.0: 2}
-    with pytest.raises(InputError, match="9.0 bits cannot be read"):
+    with pytest.raises(InputError, match="bits cannot be read: this model reads from 2 to 8"):
         state.set_default(Budget(9.0, routed=False))
 
 
