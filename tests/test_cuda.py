@@ -7,7 +7,7 @@ from helpers import normal, random_router, snr_db
 
 from mobiquant import matmul, pack, router
 from mobiquant import slices as s
-from mobiquant.kernels.cuda import few, many, tiles
+from mobiquant.kernels.cuda import few, many, product, tiles
 
 LISTS = [(2, 1, 1, 2, 2), (2, 2, 2, 2), (3, 1, 1, 1, 1, 1), (4, 4), (2, 1), (1, 3)]
 # rows of layers that share an input of so many columns, and the group: short last groups, rows that fill no tile
@@ -244,3 +244,22 @@ def test_many_tokens_of_any_mixture_of_depths(device):
     assert (
         snr_db(matmul.reference(x, weight, torch.full((40,), 2, device=device)), many.product(x, laid(weight), 2).float()) > 40
     )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_kernels_that_fail_or_are_wrong_are_not_used_and_say_why(device, monkeypatch):
+    place = torch.device(device)
+    product.failing.cache_clear()
+    assert product.failing((2, 1, 1, 2, 2), 64, torch.float16, place) == ""
+    product.failing.cache_clear()
+    right = few.Group.__call__
+    monkeypatch.setattr(few.Group, "__call__", lambda *args: [1.1 * y for y in right(*args)])
+    assert "wrong products on this device (error 0.1)" in product.failing((2, 1, 1, 2, 2), 64, torch.float16, place)
+
+    def refused(*_):
+        raise RuntimeError("launching a kernel failed: CUDA_ERROR_X\nand more")
+
+    product.failing.cache_clear()
+    monkeypatch.setattr(few.Group, "__call__", refused)
+    assert product.failing((2, 1, 1, 2, 2), 64, torch.float16, place).endswith("(launching a kernel failed: CUDA_ERROR_X)")
+    product.failing.cache_clear()

@@ -8,12 +8,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mobiquant import pack
+from mobiquant import slices as s
 from mobiquant.kernels.cuda import many
 from mobiquant.kernels.cuda.few import DTYPES, MOST, Group
-from mobiquant.kernels.cuda.tiles import Tiles, unfit
+from mobiquant.kernels.cuda.tiles import Tiles, prepare, unfit
 
 # the first with bf16 in its tensor cores
 CAPABILITY = (8, 0)
+# relative error of a product that is no rounding any more
+WRONG = 0.02
 
 
 @cache
@@ -33,6 +37,36 @@ def missing(device: int) -> str:
     return ""
 
 
+@cache
+def failing(slices: tuple[int, ...], group_size: int, dtype: torch.dtype, device: torch.device) -> str:
+    """Why the kernels of a format are not to be used on a device, in words; empty where a small product comes out right.
+
+    Made once, when a format is first met: a compiler, a driver or a GPU that nobody has tried must not give wrong answers.
+    """
+    rows, columns, total = 48, 192, sum(slices)
+    generator = torch.Generator().manual_seed(0)
+    code = torch.randint(0, 2**total, (rows, columns), generator=generator).to(torch.uint8)
+    shape = rows, s.groups(columns, group_size)
+    scale = (torch.rand(shape, generator=generator) + 0.5).half()
+    zero = torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
+    x = torch.randn(3, columns, generator=generator).to(dtype)
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            planes = [plane.to(device) for plane in pack.pack(code, slices)]
+            laid = prepare(planes, scale.to(device), zero.to(device), slices, group_size, columns)
+            for depth in (1, len(slices)):
+                wanted = x.float() @ s.read(code, scale, zero, slices, group_size, depth).T
+                every = torch.full((3,), depth, device=device)
+                for made in (product(x.to(device), laid, every), many.product(x.to(device), laid, depth)):
+                    error = (made.float().cpu() - wanted).norm() / wanted.norm()
+                    if not error < WRONG:
+                        return f"the GPU kernels give wrong products on this device (error {float(error):.2g})"
+    # whatever the driver or the compiler says: the reason is told, and torch takes over
+    except (RuntimeError, OSError, ImportError) as error:
+        return f"the GPU kernels do not run on this device ({next(iter(str(error).splitlines()), type(error).__name__)})"
+    return ""
+
+
 def usable(x: Float[Tensor, "T K"], slices: tuple[int, ...], group_size: int, columns: int) -> bool:
     """Whether kernels can take a product; the first time they cannot for a reason that matters, a warning names it.
 
@@ -40,7 +74,8 @@ def usable(x: Float[Tensor, "T K"], slices: tuple[int, ...], group_size: int, co
     """
     if not x.is_cuda or x.dtype not in DTYPES or (x.requires_grad and torch.is_grad_enabled()):
         return False
-    reason = missing(x.device.index or 0) or unfit(slices, group_size, columns)
+    device = torch.device("cuda", x.device.index or 0)
+    reason = missing(device.index) or unfit(slices, group_size, columns) or failing(slices, group_size, x.dtype, device)
     if reason:
         _warn(reason)
     return not reason
