@@ -29,9 +29,10 @@ def device(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture(params=["per-input", "per-linear"])
+@pytest.fixture
 def model(request, tmp_path, device):
-    made = tiny.quantize(tmp_path, format=Format(group_size=32, routers=request.param))
+    routers = getattr(request, "param", "per-input")
+    made = tiny.quantize(tmp_path, format=Format(group_size=32, routers=routers))
     return torch.nn.Module.to(torch.nn.Module.to(made, DTYPE), device)
 
 
@@ -48,6 +49,7 @@ def logits(model, ids):
         return model(ids.to(next(model.parameters()).device), use_cache=False).logits.float().cpu()
 
 
+@pytest.mark.parametrize("model", ["per-input", "per-linear"], indirect=True)
 @pytest.mark.parametrize("length", [3, 20])
 def test_a_model_says_what_it_says_without_kernels(model, length):
     ids = tiny.tokens(1, length)
@@ -61,6 +63,7 @@ def test_a_model_says_what_it_says_without_kernels(model, length):
         assert mobiquant.bits_read(model, reset=True) == pytest.approx(expected, abs=0.25)
 
 
+@pytest.mark.parametrize("model", ["per-input", "per-linear"], indirect=True)
 def test_layers_of_one_input_take_one_launch(model, monkeypatch):
     calls, original = [], few.Group.__call__
     monkeypatch.setattr(
@@ -136,14 +139,16 @@ def test_a_fixed_width_with_biases_and_without_routers_of_its_own(tmp_path, devi
     assert mobiquant.bits_read(made) == 4
 
 
-@pytest.fixture(params=["llama", "qwen2", "qwen3"])
+@pytest.fixture
 def decoded(request, tmp_path, device):
-    """A model with heads of 64 elements, whose blocks the captured decoding is for."""
+    """A model with heads of 64 elements, which captured decoding is for; with norms of heads unless said otherwise."""
+    family = getattr(request, "param", "qwen3")
     changes = {"hidden_size": 192, "head_dim": 64, "num_attention_heads": 3, "num_key_value_heads": 1}
-    made = tiny.quantize(tmp_path, tiny.model(request.param, **changes), format=Format(group_size=64))
+    made = tiny.quantize(tmp_path, tiny.model(family, **changes), format=Format(group_size=64))
     return torch.nn.Module.to(torch.nn.Module.to(made, DTYPE), device)
 
 
+@pytest.mark.parametrize("decoded", ["llama", "qwen2", "qwen3"], indirect=True)
 def test_captured_steps_say_what_the_model_says(decoded):
     ids = tiny.tokens(1, 80).clamp(max=199)
     for bits in (2, 3.5):

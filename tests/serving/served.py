@@ -1,4 +1,7 @@
-"""A server for tests: `mobiquant serve` in a process of its own, and what is asked of it."""
+"""A server for tests: `mobiquant serve` in a process of its own, a tiny checkpoint, and what transformers says of it.
+
+A plugin of its tests rather than a conftest.py: there can be one module of that name only.
+"""
 
 import json
 import os
@@ -11,6 +14,12 @@ import urllib.error
 import urllib.request
 
 import pytest
+import tiny
+import torch
+
+import mobiquant
+from mobiquant import matmul
+from mobiquant.config import Format
 
 PROMPTS = ([7, 8, 9, 10, 11], [20, 21, 22], [30, 31, 32, 33, 34, 35, 36])
 BUDGETS = [{"bits": bits, "routed": False} for bits in (2, 3, 4, 8)] + [{"bits": 3}, {"bits": 2.5}]
@@ -80,3 +89,27 @@ class Server:
         code, answer = self.call("/v1/completions", body)
         assert code == 200, answer
         return answer["choices"][0]["token_ids"]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    home = tmp_path_factory.mktemp("served")
+    made = tiny.quantize(home, tiny.model(**SHAPE), format=Format(group_size=32))
+    made.generation_config.eos_token_id = None
+    made.save_pretrained(home / "checkpoint")
+    tiny.tokenizer().save_pretrained(home / "checkpoint")
+    return home / "checkpoint"
+
+
+@pytest.fixture(scope="session")
+def wanted(folder):
+    """Greedy tokens of transformers by prompt and budget."""
+    model, found = mobiquant.load(folder, dtype=torch.float32), {}
+    for budget in BUDGETS:
+        mobiquant.set_precision(model, budget["bits"], routed=budget.get("routed", True))
+        for prompt in PROMPTS:
+            with matmul.exact(), torch.inference_mode():
+                ids = torch.tensor([prompt])
+                made = model.generate(ids, max_new_tokens=COUNT, min_new_tokens=COUNT, do_sample=False, pad_token_id=1)
+            found[tuple(prompt), json.dumps(budget)] = made[0, len(prompt) :].tolist()
+    return found

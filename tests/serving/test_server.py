@@ -8,6 +8,7 @@ import pytest
 from served import BUDGETS, PROMPTS, Server
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-serving")
+pytest_plugins = ["served"]
 
 
 @pytest.fixture(scope="module")

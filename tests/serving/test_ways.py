@@ -9,6 +9,7 @@ from served import SHAPE, START, Server
 from mobiquant.config import Format
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-serving")
+pytest_plugins = ["served"]
 
 
 # one worker compiled, two that share each layer, both with the first slices alone
