@@ -9,6 +9,8 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
+import pytest
+
 from mobiquant import matmul
 from mobiquant.kernels.cuda import compiler, few
 
@@ -16,6 +18,10 @@ HERE = Path(__file__).parent / "native"
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 FOLDER = Path(tempfile.gettempdir()) / f"mobiquant-emulated-{os.getuid()}"
 SOURCES = (HERE / "simt.h", HERE / "emulate.cpp", *sorted(compiler.HERE.glob("*.cu")), *sorted(compiler.HERE.glob("*.h")))
+
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+# where the kernels run in tests: emulated, or on a GPU
+DEVICES = [pytest.param("cpu", marks=needs_compiler), pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 class Emulated(compiler.Kernel):

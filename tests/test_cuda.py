@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from emulation import COMPILER, emulate
+from emulation import DEVICES, emulate, needs_compiler
 from helpers import normal, random_router, snr_db
 
 from mobiquant import matmul, pack, router
@@ -13,8 +13,6 @@ LISTS = [(2, 1, 1, 2, 2), (2, 2, 2, 2), (3, 1, 1, 1, 1, 1), (4, 4), (2, 1), (1, 
 # rows of layers that share an input of so many columns, and the group: short last groups, rows that fill no tile
 SHAPES = [((64,), 128, 64), ((48, 32, 16), 576, 128), ((33, 70), 200, 32), ((40,), 72, 64)]
 SHUT = float("-inf")
-EMULATED = pytest.param("cpu", marks=pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"))
-DEVICES = [EMULATED, pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +117,7 @@ def test_tiles_take_the_bytes_of_planes_and_say_what_does_not_fit():
 # compiling is what takes time on a CPU: there each list comes in one dtype and group
 FIXED = [pytest.param(slices, dtype, SHAPES, "cuda", marks=pytest.mark.gpu) for slices in LISTS for dtype in few.DTYPES]
 FIXED += [
-    pytest.param(slices, few.DTYPES[i % 2], [SHAPES[i % 4]], "cpu", marks=EMULATED.marks) for i, slices in enumerate(LISTS)
+    pytest.param(slices, few.DTYPES[i % 2], [SHAPES[i % 4]], "cpu", marks=needs_compiler) for i, slices in enumerate(LISTS)
 ]
 
 

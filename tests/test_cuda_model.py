@@ -5,7 +5,7 @@ import copy
 import pytest
 import tiny
 import torch
-from emulation import COMPILER, emulate
+from emulation import DEVICES, emulate
 from helpers import snr_db
 
 import mobiquant
@@ -15,10 +15,6 @@ from mobiquant.generate import generate
 from mobiquant.kernels.cuda import few
 from mobiquant.linear import mobilinears
 
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
 DTYPE = torch.float16
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mobiquant import budget, matmul
-from mobiquant.decoder import FAMILIES, ROTARY, ROUND, path_of
+from mobiquant.decoder import ROUND, kind_reason, path_of
 from mobiquant.kernels.cuda import block as between
 from mobiquant.kernels.cuda.few import DTYPES
 from mobiquant.linear import MobiLinear, mobilinears
@@ -30,15 +30,8 @@ WARM_UP = 2
 def reason(model: Any, positions: int) -> str | None:
     """Why a model cannot be decoded by graphs for so many positions; None where it can."""
     config, weight = model.config, model.get_input_embeddings().weight
-    if config.model_type not in FAMILIES:
-        return f"models of the family '{config.model_type}' have no captured decoding"
-    if config.hidden_act != "silu":
-        return f"the activation '{config.hidden_act}' is not silu"
-    if (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default") not in ROTARY:
-        return "its rotary positions depend on the length of the text"
-    window = getattr(config, "sliding_window", None)
-    if window and getattr(config, "use_sliding_window", True) and window < positions:
-        return f"its attention reaches back {window} tokens only"
+    if other := kind_reason(config, positions):
+        return other
     head, share = _head(config), config.num_attention_heads // config.num_key_value_heads
     if head not in between.HEADS or share > between.MOST_SHARE or config.hidden_size > between.MOST_COLUMNS:
         return f"its heads have {head} elements, {share} for one key, in {config.hidden_size} columns"

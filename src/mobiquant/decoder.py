@@ -42,15 +42,8 @@ def path_of(name: str) -> str:
     return ("self_attn." if name in ATTENTION else "mlp.") + name
 
 
-def reason(model: Any, positions: int) -> str | None:
-    """Why a model cannot be decoded natively for so many positions; None where it can."""
-    config = model.config
-    if matmul.is_exact():
-        return "exact products are asked for"
-    if library.load() is None:
-        return "the CPU kernels are not built"
-    if next(model.parameters()).device.type != "cpu":
-        return "the model is not on a CPU"
+def kind_reason(config: Any, positions: int) -> str | None:
+    """Why a model is not of the kind that is decoded natively, on whatever device; None where it is."""
     if config.model_type not in FAMILIES:
         return f"models of the family '{config.model_type}' have no native decoder"
     if config.hidden_act != "silu":
@@ -60,6 +53,20 @@ def reason(model: Any, positions: int) -> str | None:
     window = getattr(config, "sliding_window", None)
     if window and getattr(config, "use_sliding_window", True) and window < positions:
         return f"its attention reaches back {window} tokens only"
+    return None
+
+
+def reason(model: Any, positions: int) -> str | None:
+    """Why a model cannot be decoded natively for so many positions; None where it can."""
+    config = model.config
+    if matmul.is_exact():
+        return "exact products are asked for"
+    if library.load() is None:
+        return "the CPU kernels are not built"
+    if next(model.parameters()).device.type != "cpu":
+        return "the model is not on a CPU"
+    if other := kind_reason(config, positions):
+        return other
     if model.get_input_embeddings().weight.dtype not in EMBEDDINGS:
         return "its embedding has a dtype that the library does not read"
     precision = budget.state(model)

@@ -312,6 +312,8 @@ class MobiLinear(nn.Module):
 
     def _most(self) -> int:
         """Tokens that one launch takes of all members; 0 where they or the router are more than it holds."""
+        if self._group is not None:
+            return self._group.most()
         from mobiquant.kernels.cuda import few, tiles
 
         if len(self.members) > few.MEMBERS or (self.router_names and not tiles.check_router(self.get_router())):

@@ -68,7 +68,12 @@ def order(d: Float[Tensor, "T R"]) -> Float[Tensor, "T R"]:
 def scores(x: Float[Tensor, "T K"], router: Router) -> Float32[Tensor, "T R"]:
     """Score of each residual slice for each token, falling along the slices."""
     f, log_rms = features(x)
-    hidden = (f @ router.weight.float().T) * router.weight_scale.float() + log_rms * router.rms + router.bias
+    return outputs(f @ router.weight.float().T, log_rms, router)
+
+
+def outputs(projected: Float[Tensor, "T h"], log_rms: Float[Tensor, "T 1"], router: Router) -> Float32[Tensor, "T R"]:
+    """Scores from the features times the stored rows of the first matrix."""
+    hidden = projected * router.weight_scale.float() + log_rms * router.rms + router.bias
     return order(silu(hidden) @ router.out.T + router.out_bias)
 
 

@@ -1,7 +1,7 @@
 // CUDA on a CPU, for tests: every thread of every block is a fiber, and the lanes of a warp meet where they exchange values.
 //
 // Fibers run one at a time, in an order that is drawn anew on every turn, so a barrier that is missing shows as a wrong result.
-// This stands in for `device.h`; the products of the tensor cores follow the layout of fragments that the PTX manual gives.
+// This stands in for the machine in `device.h`; the products of the tensor cores follow the layout of fragments that the PTX manual gives.
 
 #pragma once
 
@@ -16,10 +16,7 @@
 #include <memory>
 #include <vector>
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned short u16;
-typedef unsigned char u8;
+#include "types.h"
 
 #define DEVICE static inline
 #define __device__
@@ -29,16 +26,6 @@ typedef unsigned char u8;
 #define __launch_bounds__(...)
 #define SHARED_BYTES(name) u8 *name = simt::shared()
 #define SHARED_INT(name) int &name = simt::now->block->said
-
-struct alignas(16) Four {
-    u32 x, y, z, w;
-};
-struct alignas(8) Two {
-    u32 x, y;
-};
-struct alignas(8) Pair {
-    float x, y;
-};
 
 namespace simt {
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
 from vllm.config import get_current_vllm_config  # pyright: ignore[reportMissingImports] -- an extra
 from vllm.distributed import (  # pyright: ignore[reportMissingImports]
     get_tensor_model_parallel_world_size,
@@ -225,8 +224,7 @@ def _scores(layer: Any, index: int, x: Tensor) -> Tensor:
     sums = torch.cat([x @ own.weight.float().T, x.square().sum(1, keepdim=True)], 1)
     sums = tensor_model_parallel_all_reduce(sums)
     rms = (sums[:, -1:] / layer.mobiquant_columns[0]).sqrt().clamp_min(router.RMS_FLOOR)
-    hidden = sums[:, :-1] / rms * own.weight_scale.float() + rms.log() * own.rms + own.bias
-    return router.order(silu(hidden) @ own.out.T + own.out_bias)
+    return router.outputs(sums[:, :-1] / rms, rms.log(), own)
 
 
 def _linear(x: Tensor, name: str, rows: int) -> Tensor:

@@ -87,10 +87,9 @@ class State:
         """Count what tokens read in a layer of `size` weights."""
         if isinstance(depth, int):
             self.read[depth - 1] += tokens * size
-            self.summed[:tokens] += self.widths[depth - 1] * size
         else:
             self.read += torch.bincount(depth - 1, minlength=self.read.numel()).double() * size
-            self.summed[:tokens] += self.widths[depth - 1] * size
+        self.summed[:tokens] += self.widths[depth - 1] * size
 
     def close(self) -> None:
         """Count the tokens of the batch that has run."""

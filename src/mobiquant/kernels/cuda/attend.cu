@@ -5,11 +5,7 @@
 //
 // Set by the compiler's command line: BF16, HEAD (elements of a head, at most 256), SHARE (queries that share keys).
 
-#ifdef EMULATED
-#include "simt.h"
-#else
 #include "device.h"
-#endif
 
 constexpr int CHUNK = 64, THREADS = HEAD < 64 ? 64 : HEAD;
 
@@ -23,9 +19,6 @@ struct Params {
     int key_heads, positions, chunks;
     float scale;
 };
-
-DEVICE float wide(u16 value) { return BF16 ? from_bf16(value) : from_fp16(value); }
-DEVICE u16 narrow(float value) { return BF16 ? to_bf16(value) : to_fp16(value); }
 
 // largest score, sum of weights and weighted values of one chunk for each query, into `partial`
 DEVICE void take_chunk(const Params &p, u64 group, int chunk, int there, float *query, float *weights, float *partial) {

@@ -1,27 +1,18 @@
 // What the kernels need of the machine beyond plain C++, each thing once: on a GPU as PTX, in the tests on a CPU as code that
-// does the same with 32 lanes in step (`tests/native/simt.h`, which is included in place of this where EMULATED is set).
+// does the same with 32 lanes in step (`tests/native/simt.h`, where EMULATED is set).
 
 #pragma once
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned short u16;
-typedef unsigned char u8;
+#include "types.h"
+
+#ifdef EMULATED
+#include "simt.h"
+#else
 
 #define DEVICE __device__ __forceinline__
 // shared memory of a size that the launch sets, and one number
 #define SHARED_BYTES(name) extern __shared__ __align__(16) u8 name[]
 #define SHARED_INT(name) __shared__ int name
-
-struct alignas(16) Four {
-    u32 x, y, z, w;
-};
-struct alignas(8) Two {
-    u32 x, y;
-};
-struct alignas(8) Pair {
-    float x, y;
-};
 
 // weights pass once: they are kept out of L1; nothing is read where `wanted` is false
 DEVICE Four fetch_four(const u8 *from, bool wanted) {
@@ -116,3 +107,9 @@ DEVICE u16 to_bf16(float value) {
 template <class T> DEVICE T shuffle_xor(T value, int by) { return __shfl_xor_sync(~0u, value, by); }
 DEVICE int warp_max(int value) { return __reduce_max_sync(~0u, value); }
 DEVICE bool warp_all(bool value) { return __all_sync(~0u, value); }
+
+#endif
+
+// numbers of the dtype that a kernel is compiled for
+DEVICE float wide(u16 value) { return BF16 ? from_bf16(value) : from_fp16(value); }
+DEVICE u16 narrow(float value) { return BF16 ? to_bf16(value) : to_fp16(value); }

@@ -19,11 +19,7 @@
 // Set by the compiler's command line: BF16, GROUP, NT (tokens in fours), WARPS, BASE (width of the base slice), PIECES, and for
 // each piece its WIDTHS (1 or 2 bits), DEPTHS (of the slice that it is part of) and ENDS (bits up to and with it).
 
-#ifdef EMULATED
-#include "simt.h"
-#else
 #include "device.h"
-#endif
 #include "pieces.h"
 #include "launch.h"
 #include "stage.h"
@@ -201,7 +197,7 @@ DEVICE void sweep_to(int deepest, const Params &p, const Shared &s, int from, in
             return;
         }
     }
-    if constexpr (last < COUNT_OF_PIECES) sweep_to<first, depth + 1>(deepest, p, s, from, by, to, keep, t, y, turn, begin);
+    if constexpr (last < PIECES) sweep_to<first, depth + 1>(deepest, p, s, from, by, to, keep, t, y, turn, begin);
 }
 
 constexpr float half_a_cell(int bits) { return bits == 8 ? 0.5f : 1 << (7 - (bits < 8 ? bits : 7)); }
@@ -226,7 +222,7 @@ DEVICE int look_up(const Params &p, Tokens &t, bool routed, int lane) {
         const int own = depth_of(c * 4 + lane % 4);
         t.column[c] = depth_of(c * 4 + lane / 8);
         const int bits = bits_at(own);
-        t.offset[c] = own ? (bits == 8 ? 0.5f : (float)(1 << (7 - bits % 8))) - half_a_cell(BASE) : 0;
+        t.offset[c] = own ? half_a_cell(bits) - half_a_cell(BASE) : 0;
         deepest = deepest > own ? deepest : own;
         if (own) least = least < own ? least : own;
     }

@@ -13,7 +13,7 @@ from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 
 from mobiquant.kernels.cuda import compiler
-from mobiquant.kernels.cuda.tiles import LANES, RouterTiles, Tiles, pieces_of
+from mobiquant.kernels.cuda.tiles import LANES, RouterTiles, Tiles, definitions
 
 MEMBERS, MOST, WARPS = 4, 16, 16
 DTYPES = (torch.float16, torch.bfloat16)
@@ -54,13 +54,8 @@ class Group:
         self.group_size = first.group_size
         self.blocks = min(sum(one.scale.shape[0] for one in members), processors(self.device))
         self.limit = shared_memory(self.device)
-        pieces = pieces_of(first.slices)
-        self.definitions = (
-            ("GROUP", first.group_size), ("BASE", first.slices[0]), ("PIECES", len(pieces)),
-            ("WIDTHS", ",".join(str(one.width) for one in pieces)), ("DEPTHS", ",".join(str(one.depth) for one in pieces)),
-            ("ENDS", ",".join(str(one.end) for one in pieces)),
-        )  # fmt: skip
-        self.params = parameters(len(pieces))()
+        self.definitions = definitions(first.slices, first.group_size)
+        self.params = parameters(len(first.pieces))()
         self._fill(first)
 
     def _fill(self, first: Tiles) -> None:

@@ -2,11 +2,7 @@
 //
 // Set by the compiler's command line: BF16.
 
-#ifdef EMULATED
-#include "simt.h"
-#else
 #include "device.h"
-#endif
 
 constexpr int THREADS = 256;
 
@@ -15,9 +11,6 @@ struct Params {
     u16 *out;
     int count;
 };
-
-DEVICE float wide(u16 value) { return BF16 ? from_bf16(value) : from_fp16(value); }
-DEVICE u16 narrow(float value) { return BF16 ? to_bf16(value) : to_fp16(value); }
 
 extern "C" __global__ void __launch_bounds__(THREADS) gate(const __grid_constant__ Params p) {
     const int at = blockIdx.x * THREADS + threadIdx.x;

@@ -58,6 +58,3 @@ DEVICE Shared carve(u8 *memory, const Params &p) {
     s.sums = (float *)(s.units + p.column_tiles * HALVES * TOKENS);
     return s;
 }
-
-DEVICE float wide(u16 value) { return BF16 ? from_bf16(value) : from_fp16(value); }
-DEVICE u16 narrow(float value) { return BF16 ? to_bf16(value) : to_fp16(value); }

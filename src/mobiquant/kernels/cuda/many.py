@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mobiquant.kernels.cuda import compiler
-from mobiquant.kernels.cuda.tiles import LANES, Tiles, pieces_of
+from mobiquant.kernels.cuda.tiles import LANES, Tiles, definitions
 
 SLOTS, WARPS = 8, 8
 
@@ -30,16 +30,6 @@ def parameters(pieces: int) -> type[ctypes.Structure]:
     return Params
 
 
-def definitions(weight: Tiles, dtype: torch.dtype) -> tuple[tuple[str, int | str], ...]:
-    """What `spread.cu` is compiled for."""
-    pieces = pieces_of(weight.slices)
-    return (
-        ("BF16", int(dtype == torch.bfloat16)), ("GROUP", weight.group_size), ("BASE", weight.slices[0]),
-        ("PIECES", len(pieces)), ("WIDTHS", ",".join(str(one.width) for one in pieces)),
-        ("DEPTHS", ",".join(str(one.depth) for one in pieces)), ("ENDS", ",".join(str(one.end) for one in pieces)),
-    )  # fmt: skip
-
-
 def spread(weight: Tiles, depths: range, dtype: torch.dtype, counts: Int[Tensor, " S"] | None = None) -> Float[Tensor, "S N K"]:
     """The weight at each depth of `depths`, in fp16 or bf16; where `counts` (int32, on the device) is 0, nothing is written."""
     out = torch.empty(len(depths), weight.rows, weight.columns, dtype=dtype, device=weight.scale.device)
@@ -53,7 +43,8 @@ def spread(weight: Tiles, depths: range, dtype: torch.dtype, counts: Int[Tensor,
     p.slots, p.rows, p.columns = len(depths), weight.rows, weight.columns
     p.column_tiles, p.groups = weight.pieces[0].shape[1], weight.scale.shape[1]
     tiles = weight.pieces[0].shape[0] * p.column_tiles
-    made = compiler.kernel("spread", definitions(weight, dtype), out.device.index or 0)
+    how = ("BF16", int(dtype == torch.bfloat16)), *definitions(weight.slices, weight.group_size)
+    made = compiler.kernel("spread", how, out.device.index or 0)
     made.launch(-(-tiles // WARPS), WARPS * LANES, p, SLOTS * 8)
     return out
 

@@ -6,8 +6,6 @@
 #pragma once
 
 constexpr int WIDTH[] = {WIDTHS}, DEPTH[] = {DEPTHS}, END[] = {ENDS};
-// `PIECES` is a macro, of which templates make no use
-constexpr int COUNT_OF_PIECES = PIECES;
 
 constexpr int words_before(int piece) {
     int sum = 0;

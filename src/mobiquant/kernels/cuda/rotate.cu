@@ -5,11 +5,7 @@
 //
 // Set by the compiler's command line: BF16, HEAD (elements of a head, a multiple of 64).
 
-#ifdef EMULATED
-#include "simt.h"
-#else
 #include "device.h"
-#endif
 
 constexpr int WARPS = 4, PER_LANE = HEAD / 64;
 
@@ -23,9 +19,6 @@ struct Params {
     int sequences, heads, key_heads, positions;
     float epsilon;
 };
-
-DEVICE float wide(u16 value) { return BF16 ? from_bf16(value) : from_fp16(value); }
-DEVICE u16 narrow(float value) { return BF16 ? to_bf16(value) : to_fp16(value); }
 
 // elements lane, lane + 32, .. of the lower half and those of the upper half
 struct Halves {

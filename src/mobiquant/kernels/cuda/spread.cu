@@ -6,14 +6,10 @@
 //
 // Set by the compiler's command line: BF16, GROUP, BASE, PIECES, WIDTHS, DEPTHS, ENDS as for `few.cu`.
 
-#ifdef EMULATED
-#include "simt.h"
-#else
 #include "device.h"
-#endif
 #include "pieces.h"
 
-constexpr int SLOTS = 8, WARPS = 8, WORDS = words_before(COUNT_OF_PIECES);
+constexpr int SLOTS = 8, WARPS = 8, WORDS = words_before(PIECES);
 
 struct Params {
     const u8 *pieces[PIECES];
@@ -49,7 +45,7 @@ DEVICE void write(const Params &p, const u32 *words, const Reading *readings, in
     const Two scales = fetch_two(p.scale + at * 8, true);
     const float scale = from_fp16((u16)((m ? scales.y : scales.x) >> (16 * u)));
     const float zero = (float)(fetch_one(p.zero + at * 4, true) >> (8 * (2 * m + u)) & 255) * (1.0f / (1 << (8 - BASE)));
-    const u32 both[2] = {fragment<0, 0, COUNT_OF_PIECES, m, f, u>(words), fragment<0, 0, COUNT_OF_PIECES, m, f, u + 2>(words)};
+    const u32 both[2] = {fragment<0, 0, PIECES, m, f, u>(words), fragment<0, 0, PIECES, m, f, u + 2>(words)};
     for (int slot = 0; slot < p.slots; slot++) {
         if (p.counts && !p.counts[slot]) continue;
         const Reading how = readings[slot];
@@ -84,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) spread(const __grid_con
     for (int s = 0; s < p.slots; s++)
         if ((!p.counts || p.counts[s]) && p.depth[s] > deepest) deepest = p.depth[s];
     u32 words[WORDS];
-    fetch_words<0, COUNT_OF_PIECES>(words, p.pieces, (u64)tile * 32 + lane, deepest);
+    fetch_words<0, PIECES>(words, p.pieces, (u64)tile * 32 + lane, deepest);
     write_half<0, 0>(p, words, readings, row_tile, column_tile, lane);
     write_half<0, 1>(p, words, readings, row_tile, column_tile, lane);
     write_half<1, 0>(p, words, readings, row_tile, column_tile, lane);

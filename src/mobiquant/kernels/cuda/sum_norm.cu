@@ -4,11 +4,7 @@
 //
 // Set by the compiler's command line: BF16.
 
-#ifdef EMULATED
-#include "simt.h"
-#else
 #include "device.h"
-#endif
 
 constexpr int WARPS = 16, THREADS = WARPS * 32, MOST = 16;
 
@@ -20,9 +16,6 @@ struct Params {
     int columns;        // at most THREADS * MOST
     float epsilon;
 };
-
-DEVICE float wide(u16 value) { return BF16 ? from_bf16(value) : from_fp16(value); }
-DEVICE u16 narrow(float value) { return BF16 ? to_bf16(value) : to_fp16(value); }
 
 extern "C" __global__ void __launch_bounds__(THREADS) sum_norm(const __grid_constant__ Params p) {
     SHARED_BYTES(memory);

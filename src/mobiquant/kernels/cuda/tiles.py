@@ -60,6 +60,14 @@ class Tiles:
     group_size: int
 
 
+def definitions(slices: tuple[int, ...], group_size: int) -> tuple[tuple[str, int | str], ...]:
+    """What the kernels that read tiles are compiled for."""
+    pieces = pieces_of(slices)
+    listed = {"WIDTHS": [p.width for p in pieces], "DEPTHS": [p.depth for p in pieces], "ENDS": [p.end for p in pieces]}
+    words = tuple((name, ",".join(map(str, values))) for name, values in listed.items())
+    return ("GROUP", group_size), ("BASE", slices[0]), ("PIECES", len(pieces)), *words
+
+
 def unfit(slices: tuple[int, ...], group_size: int, columns: int) -> str:
     """Why a weight cannot be laid out for the kernels, in words; empty where it can."""
     if group_size not in GROUPS:
