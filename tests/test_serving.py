@@ -45,6 +45,9 @@ def test_each_token_has_the_threshold_and_cap_of_its_request(state):
     requests.lay_out(["c", "a", "b"], [1, 3, 2])
     assert state.fixed is None
     assert state.tau[:6].tolist() == [SHUT, -2.5, -2.5, -2.5, SHUT, SHUT] and state.cap[:6].tolist() == [5, 5, 5, 5, 3, 3]
+    # one budget for all, and still the routers' to decide
+    requests.lay_out(["a"], [3])
+    assert state.fixed is None and state.tau.tolist() == [-2.5] * 8
     state.set_default(Budget(2.0, routed=False))
     requests.follow(SimpleNamespace(scheduled_new_reqs=[], finished_req_ids=["a", "c"]))
     requests.lay_out(["b"], [2])
