@@ -54,7 +54,7 @@ class Emulated(compiler.Kernel):
         self.run = ctypes.CDLL(str(library)).run
         self.run.argtypes = (ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_ulong, ctypes.c_uint)
 
-    def launch(self, blocks, threads, parameters, memory=0):
+    def launch(self, blocks, threads, parameters, memory=0, overlap=False):
         if blocks:
             self.run(ctypes.addressof(parameters), blocks, threads, memory, Emulated.seed)
 
@@ -70,7 +70,7 @@ def emulate(monkeypatch, seed=0):
     monkeypatch.setattr(compiler, "kernel", kernel)
     monkeypatch.setattr(few, "processors", lambda _: 4)
     monkeypatch.setattr(few, "shared_memory", lambda _: 227 << 10)
-    monkeypatch.setattr(few, "WARPS", 4)
+    monkeypatch.setattr(few, "SHAPES", dict.fromkeys(few.SHAPES, (4, 1)))
     monkeypatch.setattr(Emulated, "seed", seed % 2**31)
     allowed = lambda x: x.dtype in few.DTYPES and not matmul.is_exact()  # noqa: E731
     monkeypatch.setattr(matmul, "gpu", allowed)

@@ -286,10 +286,18 @@ def test_the_gain_of_a_layer_is_its_gradients_times_its_step(tmp_path):
 
 def test_offsets_compare_gains_of_a_weight_with_a_floor():
     gains = {"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([1.0, 1.0]), "c": torch.tensor([-1.0, 2.0])}
-    found = sensitivity.offsets(gains, [("a", "b"), ("c",)], {"a": 1, "b": 1, "c": 2})
+    form = Format(slices=(2, 1, 1))
+    found = sensitivity.offsets(gains, [("a", "b"), ("c",)], {"a": 1, "b": 1, "c": 2}, form)
     # all layers: 3 and 4 over 4 weights
     assert torch.allclose(found["a"], torch.tensor([2 / 0.75, 1.0]).log())
     assert torch.allclose(found["c"], torch.tensor([sensitivity.FLOOR, 1.0]).log())
+
+
+def test_above_four_bits_nothing_is_taken_from_the_slices_below():
+    gains = {"a": torch.tensor([1e-6, 1e-6, 1.0, 1.0]), "b": torch.tensor([1.0, 1.0, 1e-6, 1e-6])}
+    found = sensitivity.offsets(gains, [("a",), ("b",)], {"a": 1, "b": 1}, Format(slices=(2, 1, 1, 2, 2)))
+    scores = torch.stack(list(found.values())) - 4.0 * torch.arange(4)
+    assert scores[:, :2].min() > scores[:, 2:].max() + 8
 
 
 # in the first block, in the end-to-end stage, behind the training of routers

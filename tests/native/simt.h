@@ -153,10 +153,11 @@ inline float __uint_as_float(u32 v) { float out; std::memcpy(&out, &v, 4); retur
 inline Four fetch_four(const u8 *from, bool wanted) { Four to = {0, 0, 0, 0}; if (wanted) std::memcpy(&to, from, 16); return to; }
 inline Two fetch_two(const u8 *from, bool wanted) { Two to = {0, 0}; if (wanted) std::memcpy(&to, from, 8); return to; }
 inline u32 fetch_one(const u8 *from, bool wanted) { u32 to = 0; if (wanted) std::memcpy(&to, from, 4); return to; }
-inline float load_shared_by_all(const float *from) { return *from; }
-inline int load_shared_by_all(const int *from) { return *from; }
+template <class T> inline T load_fresh(const T *from) { return *from; }
+inline void let_next_begin() {}
+inline void wait_for_last() {}
+inline void prefetch(const u8 *, u32) {}
 inline u32 load_acquire(const u32 *from) { return *from; }
-inline void store_release(u32 *to, u32 value) { *to = value; }
 
 inline void multiply_codes(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { simt::multiply<false>(c, a, b0, b1); }
 inline void multiply_bytes(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { simt::multiply<true>(c, a, b0, b1); }

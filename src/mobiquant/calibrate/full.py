@@ -204,7 +204,7 @@ class Run:
         gains = sensitivity.gains(self.pair, self.unseen, self.form, self.device, self.progress)
         layers = dict(self.pair.student.named_modules())
         sizes = {name: layers[name].in_features * layers[name].out_features for name in gains}  # type: ignore[operator]
-        return sensitivity.offsets(gains, self.stored.inputs, sizes)
+        return sensitivity.offsets(gains, self.stored.inputs, sizes, self.form)
 
     def _routers(self) -> list[fast.Fitted]:
         """Fit all routers to the codes as they are now."""

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from mobiquant import budget
 from mobiquant.calibrate.passes import Pair, divergence
 from mobiquant.config import Format
 from mobiquant.linear import MobiLinear, Precision, mobilinears
@@ -24,6 +25,8 @@ from mobiquant.progress import Report
 
 # a gain this many times smaller than the average of all layers counts as that: below it is noise
 FLOOR = 0.5
+# how much lower slices of the next region of budgets score than those of the one before: further than training moves scores
+APART = 24.0
 # tokens are taken from so many windows
 WINDOWS = 16
 # tokens in one pass on CUDA, where reading the weights costs more than the products
@@ -90,12 +93,18 @@ def gains(
 
 
 def offsets(
-    gains: dict[str, Float[Tensor, " R"]], inputs: Sequence[Sequence[str]], sizes: dict[str, int]
+    gains: dict[str, Float[Tensor, " R"]], inputs: Sequence[Sequence[str]], sizes: dict[str, int], form: Format
 ) -> dict[str, Float[Tensor, " R"]]:
-    """Log of the gain of a weight relative to that of all layers, of each slice, by the first of the layers of one input."""
+    """Log of the gain of a weight relative to that of all layers, of each slice, by the first of the layers of one input.
+
+    Slices of a region of budgets (`budget.regions`) are kept apart from those before: above 4 bits there is little to gain by
+    more slices and much to lose by fewer than 4 bits, and routers that may weigh one against the other lose to fixed depths.
+    """
     every = torch.stack(list(gains.values())).sum(0) / sum(sizes.values())
+    depths = torch.arange(2, len(form.slices) + 1)
+    below = -APART * sum((depths > cap).float() for cap in budget.region_caps(form))
     found: dict[str, Tensor] = {}
     for names in inputs:
         own = torch.stack([gains[name] for name in names]).sum(0) / sum(sizes[name] for name in names)
-        found[names[0]] = (own / every.clamp_min(1e-30)).clamp_min(FLOOR).log()
+        found[names[0]] = (own / every.clamp_min(1e-30)).clamp_min(FLOOR).log() + below
     return found

@@ -68,6 +68,8 @@ DEVICE void take_chunk(const Params &p, u64 group, int chunk, int there, float *
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) attend(const __grid_constant__ Params p) {
+    let_next_begin();
+    wait_for_last();
     SHARED_BYTES(memory);
     SHARED_INT(said);
     float *query = (float *)memory, *weights = query + SHARE * HEAD;
@@ -88,12 +90,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(const __grid_consta
     for (int s = 0; s < SHARE; s++) {
         const float *from = p.partial + (group * p.chunks * SHARE + s) * (HEAD + 2);
         const int next = SHARE * (HEAD + 2);
-        float most = load_shared_by_all(from + HEAD), total = 0, sum = 0;
-        for (int c = 1; c < used; c++) most = fmaxf(most, load_shared_by_all(from + c * next + HEAD));
+        float most = load_fresh(from + HEAD), total = 0, sum = 0;
+        for (int c = 1; c < used; c++) most = fmaxf(most, load_fresh(from + c * next + HEAD));
         for (int c = 0; c < used; c++) {
-            const float weight = expf(load_shared_by_all(from + c * next + HEAD) - most);
-            total = fmaf(weight, load_shared_by_all(from + c * next + HEAD + 1), total);
-            sum = fmaf(weight, load_shared_by_all(from + c * next + threadIdx.x), sum);
+            const float weight = expf(load_fresh(from + c * next + HEAD) - most);
+            total = fmaf(weight, load_fresh(from + c * next + HEAD + 1), total);
+            sum = fmaf(weight, load_fresh(from + c * next + threadIdx.x), sum);
         }
         p.out[(group * SHARE + s) * HEAD + threadIdx.x] = narrow(sum / total);
     }

@@ -49,7 +49,7 @@ def sum_norm(
     """`hidden += more` in place, then `weight * hidden / rms(hidden)`."""
     out = torch.empty_like(hidden)
     p = _Norm(_address(hidden), _address(more), _address(weight), _address(out), hidden.shape[1], epsilon)
-    _kernel("sum_norm", hidden).launch(hidden.shape[0], NORM_WARPS * 32, p, NORM_WARPS * 4)
+    _kernel("sum_norm", hidden).launch(hidden.shape[0], NORM_WARPS * 32, p, NORM_WARPS * 4, overlap=True)
     return out
 
 
@@ -57,7 +57,7 @@ def gate(gated: Float[Tensor, "T I"], up: Float[Tensor, "T I"]) -> Float[Tensor,
     """`silu(gated) * up`."""
     out = torch.empty_like(gated)
     p = _Gate(_address(gated), _address(up), _address(out), gated.numel())
-    _kernel("gate", gated).launch(-(-gated.numel() // GATE_THREADS), GATE_THREADS, p)
+    _kernel("gate", gated).launch(-(-gated.numel() // GATE_THREADS), GATE_THREADS, p, overlap=True)
     return out
 
 
@@ -85,11 +85,11 @@ class Attention:
         tensors = query, key, value, self.keys, self.values, cosine, sine, query_norm, key_norm, position
         p = _Rotate(*map(_address, tensors), query.shape[0], self.heads, self.key_heads, self.keys.shape[2], epsilon)
         units = query.shape[0] * (self.heads + 2 * self.key_heads)
-        _kernel("rotate", query, HEAD=self.head).launch(-(-units // ROTATE_WARPS), ROTATE_WARPS * 32, p)
+        _kernel("rotate", query, HEAD=self.head).launch(-(-units // ROTATE_WARPS), ROTATE_WARPS * 32, p, overlap=True)
         out = torch.empty_like(query)
         tensors = query, self.keys, self.values, out, position, self.partial, self.arrived
         p = _Attend(*map(_address, tensors), self.key_heads, self.keys.shape[2], self.chunks, self.scale)
         blocks, threads = query.shape[0] * self.key_heads * self.chunks, max(64, self.head)
         memory = self.share * (self.head + CHUNK) * 4
-        _kernel("attend", query, HEAD=self.head, SHARE=self.share).launch(blocks, threads, p, memory)
+        _kernel("attend", query, HEAD=self.head, SHARE=self.share).launch(blocks, threads, p, memory, overlap=True)
         return out

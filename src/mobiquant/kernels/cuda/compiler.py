@@ -79,6 +79,14 @@ def _kept(source: str, name: str, options: list[str]) -> bytes:
     return made
 
 
+def _overlapping(driver: Any) -> Any:
+    """The attribute of a launch that may begin before the one before it has ended."""
+    made = driver.CUlaunchAttribute()
+    made.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    made.value.programmaticStreamSerializationAllowed = 1
+    return made
+
+
 class Kernel:
     """One compiled kernel on one device, taking one structure by value."""
 
@@ -86,6 +94,8 @@ class Kernel:
         from cuda.bindings import driver  # pyright: ignore[reportMissingImports]
 
         self.driver, self.device = driver, device
+        # Hopper lets a launch begin while the one before it ends
+        self.attributes = [_overlapping(driver)] if torch.cuda.get_device_capability(device) >= (9, 0) else []
         source = (HERE / f"{name}.cu").read_text()
         options = options_for(definitions, torch.cuda.get_device_capability(device))
         with torch.cuda.device(device):
@@ -94,8 +104,13 @@ class Kernel:
             self.memory = LEAST_MEMORY
             self.function = _checked(driver.cuModuleGetFunction(self.module, name.encode()), "loading a kernel")
 
-    def launch(self, blocks: int, threads: int, parameters: ctypes.Structure, memory: int = 0) -> None:
-        """Run on the current stream of the device, with `memory` bytes of shared memory; `parameters` are copied at once."""
+    def launch(
+        self, blocks: int, threads: int, parameters: ctypes.Structure, memory: int = 0, overlap: bool = False
+    ) -> None:  # fmt: skip
+        """Run on the current stream of the device, with `memory` bytes of shared memory; `parameters` are copied at once.
+
+        With `overlap` it may begin before the launch before it has ended: the kernel waits for that itself.
+        """
         if not blocks:
             return
         if memory > self.memory:
@@ -104,10 +119,13 @@ class Kernel:
             self.memory = memory
         held = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
         stream = torch.cuda.current_stream(self.device).cuda_stream
+        config = self.driver.CUlaunchConfig()
+        config.gridDimX, config.blockDimX, config.sharedMemBytes, config.hStream = blocks, threads, memory, stream
+        config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
+        if overlap and self.attributes:
+            config.attrs, config.numAttrs = self.attributes, len(self.attributes)
         with torch.cuda.device(self.device):
-            answer = self.driver.cuLaunchKernel(
-                self.function, blocks, 1, 1, threads, 1, 1, memory, stream, ctypes.addressof(held), 0
-            )
+            answer = self.driver.cuLaunchKernelEx(config, self.function, ctypes.addressof(held), 0)
         _checked(answer, "launching a kernel")
 
 

@@ -38,18 +38,38 @@ DEVICE u32 fetch_one(const u8 *from, bool wanted) {
     return to;
 }
 
-// what another block may have written in this launch
-DEVICE float load_shared_by_all(const float *from) { return __ldcg(from); }
-DEVICE int load_shared_by_all(const int *from) { return __ldcg(from); }
+// what another block may have written in this launch, or a launch before while this one was waiting for it
+template <class T> DEVICE T load_fresh(const T *from) { return __ldcg(from); }
+DEVICE Four load_fresh(const Four *from) {
+    const uint4 to = __ldcg((const uint4 *)from);
+    return {to.x, to.y, to.z, to.w};
+}
+
+// Launches of one stream overlap: the next may begin once all blocks of this one have said so, and touches nothing that this one
+// reads or writes until it has waited for its end. Before Hopper both are nothing, and launches follow each other.
+DEVICE void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+DEVICE void wait_for_last() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// ask for bytes (a multiple of 16) to be brought to the second-level cache
+DEVICE void prefetch(const u8 *from, u32 bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
 
 DEVICE u32 load_acquire(const u32 *from) {
     u32 value;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
     return value;
-}
-
-DEVICE void store_release(u32 *to, u32 value) {
-    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
 }
 
 DEVICE void pause() { __nanosleep(20); }

@@ -13,11 +13,13 @@
 // A block owns 32 rows at a time; its warps share out the columns in tiles of 64 and are summed in a fixed order. A lane
 // fetches its part of a tile with one load of 8 bytes for each bit (`tiles.py`) while it works on the tiles before.
 //
-// Routing (`score.h`). Blocks first score part of the columns each; the last to arrive adds up and decides. Meanwhile the
-// others read the base slice of their first rows, which every token needs. Slices that no token needs are not fetched.
+// Routing (`score.h`). Some blocks score part of the columns each, all read the base slice of their first rows, which every token
+// needs, then all add up the scores and decide. Slices that no token needs are not fetched.
 //
-// Set by the compiler's command line: BF16, GROUP, NT (tokens in fours), WARPS, BASE (width of the base slice), PIECES, and for
-// each piece its WIDTHS (1 or 2 bits), DEPTHS (of the slice that it is part of) and ENDS (bits up to and with it).
+// A launch begins while the one before it ends: it asks for the weights of its first rows, then waits for its x.
+//
+// Set by the compiler's command line: BF16, GROUP, NT (tokens in fours), WARPS, PER (blocks of a processor), BASE (width of the base
+// slice), PIECES, and for each piece its WIDTHS (1 or 2 bits), DEPTHS (of the slice that it is part of) and ENDS (bits up to and with it).
 
 #include "device.h"
 #include "pieces.h"
@@ -145,6 +147,14 @@ DEVICE void finish(const Params &p, const Shared &s, Rows &y, int row_tile, int 
         for (int c = 0; c < NT; c++) y[r][c] = 0;
 }
 
+// ask for 32 rows up to a depth
+DEVICE void prefetch_rows(const Params &p, int row_tile, int depth, int lane) {
+    const Member &m = member_of(p, row_tile);
+    prefetch_words(m.pieces, row_tile, p.column_tiles, depth, lane);
+    if (lane == PIECES) prefetch(m.scale + (u64)row_tile * p.groups * 64, p.groups * 64);
+    if (lane == PIECES + 1) prefetch(m.zero + (u64)row_tile * p.groups * 32, p.groups * 32);
+}
+
 // tiles of one lane that are on their way at a time
 template <int first, int last> constexpr int ahead() {
     return (words_before(last) - words_before(first) <= 4 ? 4 : words_before(last) - words_before(first) <= 8 ? 2 : 1);
@@ -176,6 +186,7 @@ DEVICE void sweep(const Params &p, const Shared &s, int from, int by, int to, bo
     begin();
     while (row_tile < to) {
         const bool ends = column_tile + stride >= p.column_tiles;
+        if (PREFETCH && warp == 0 && column_tile == 0 && row_tile + by < to) prefetch_rows(p, row_tile + by, DEPTH[last - 1], lane);
         const int next_row = ends ? row_tile + by : row_tile, next_column = ends ? warp : column_tile + stride;
         fetch_batch(next, p, next_row, next_column, lane, next_row < to && next_column < p.column_tiles);
 #pragma unroll
@@ -211,11 +222,11 @@ DEVICE int bits_at(int depth) {
 }
 
 // depths of the tokens of this lane; returns the deepest of all
-DEVICE int look_up(const Params &p, Tokens &t, bool routed, int lane) {
+DEVICE int look_up(const Params &p, const Shared &s, Tokens &t, bool routed, int lane) {
     int deepest = 0, least = 1 << 10;
     auto depth_of = [&](int token) {
         if (token >= p.tokens) return 0;
-        return routed ? load_shared_by_all(p.router.depth + token) : (int)p.cap[entry_of(p, token)];
+        return routed ? s.depth[token] : (int)load_fresh(p.cap + entry_of(p, token));
     };
 #pragma unroll
     for (int c = 0; c < NT; c++) {
@@ -231,13 +242,31 @@ DEVICE int look_up(const Params &p, Tokens &t, bool routed, int lane) {
     return deepest;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) few(const __grid_constant__ Params p) {
+// whether any entry leaves its depth to the router
+DEVICE bool is_routed(const Params &p, int lane) {
+    return p.router.hidden && !warp_all(lane >= p.entries || __float_as_uint(load_fresh(p.tau + lane)) == 0xff800000u);
+}
+
+// what does not depend on the launch before: weights of this block's first rows on their way, parameters of the router here.
+// Thresholds may be about to change: what they say now is good enough to guess what will be read.
+DEVICE void begin_early(const Params &p, const Shared &s, int blocks, int tiles, int lane) {
+    if (threadIdx.x < 32) {
+        const bool routed = is_routed(p, lane);
+        const int guess = routed ? 1 : warp_max(lane < p.entries ? (int)load_fresh(p.cap + lane) : 0);
+        for (int i = 0; i < (routed ? FIRST_ROWS : 1); i++)
+            if ((int)blockIdx.x + i * blocks < tiles) prefetch_rows(p, blockIdx.x + i * blocks, guess, lane);
+    }
+    if (p.router.hidden) prepare_scores(p, s);
+    let_next_begin();
+    wait_for_last();
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, PER) few(const __grid_constant__ Params p) {
     SHARED_BYTES(memory);
-    SHARED_INT(said);
     const Shared s = carve(memory, p);
     const int lane = threadIdx.x % 32, blocks = gridDim.x, tiles = row_tiles_of(p);
-    u32 *state = p.router.state;
-    const bool routed = p.router.hidden && !warp_all(lane >= p.entries || __float_as_uint(p.tau[lane]) == 0xff800000u);
+    begin_early(p, s, blocks, tiles, lane);
+    const bool routed = is_routed(p, lane);
     int own = blockIdx.x, turn = 0, deepest;
     Rows y = {};
     Tokens t;
@@ -249,19 +278,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) few(const __grid_constant_
     if (routed) {
 #pragma unroll
         for (int c = 0; c < NT; c++) t.column[c] = 1, t.offset[c] = 0;
-        sweep<0, pieces_to(1), false>(p, s, own, blocks, own + 1, true, t, y, turn, [&]() { begin(); route(p, s, &said); });
-        if (threadIdx.x == 0)
-            while (!load_acquire(state + 1)) pause();
-        __syncthreads();
-        deepest = look_up(p, t, true, lane);
+        sweep<0, pieces_to(1), false>(p, s, own, blocks, own + 1, true, t, y, turn, [&]() { begin(); score(p, s); });
+        await_scores(p);
+        decide(p, s);
+        deepest = look_up(p, s, t, true, lane);
         if (deepest > 1) sweep_to<pieces_to(1), 2>(deepest, p, s, own, blocks, own + 1, true, t, y, turn, nothing);
         finish(p, s, y, own, turn ^= 1, threadIdx.x / 32, lane);
         own += blocks;
         sweep_to<0, 1>(deepest, p, s, own, blocks, tiles, false, t, y, turn, nothing);
+        leave(p);
     } else {
-        if (blockIdx.x == 0 && threadIdx.x < p.tokens) count(p, threadIdx.x, (int)p.cap[entry_of(p, threadIdx.x)]);
-        deepest = look_up(p, t, false, lane);
+        if (blockIdx.x == 0 && threadIdx.x < p.tokens) count(p, threadIdx.x, (int)load_fresh(p.cap + entry_of(p, threadIdx.x)));
+        deepest = look_up(p, s, t, false, lane);
         sweep_to<0, 1>(deepest, p, s, own, blocks, tiles, false, t, y, turn, begin);
     }
-    if (routed && threadIdx.x == 0 && atomicAdd(state + 2, 1u) == blocks - 1) state[0] = state[1] = state[2] = 0;
 }

@@ -15,7 +15,9 @@ from torch import Tensor
 from mobiquant.kernels.cuda import compiler
 from mobiquant.kernels.cuda.tiles import LANES, RouterTiles, Tiles, definitions
 
-MEMBERS, MOST, WARPS = 4, 16, 16
+MEMBERS, MOST = 4, 16
+# warps of a block and blocks that a processor runs at a time, by fours of tokens: as many as registers allow
+SHAPES = {1: (8, 2), 2: (8, 2), 4: (8, 1)}
 DTYPES = (torch.float16, torch.bfloat16)
 # bytes of shared memory that a block may take on every GPU that the kernels are for, and of one that has less than Hopper
 MEMORY = {(8, 0): 163 << 10, (8, 7): 163 << 10, (8, 6): 99 << 10, (8, 9): 99 << 10, (12, 0): 99 << 10, (12, 1): 99 << 10}
@@ -52,8 +54,8 @@ class Group:
         self.members, self.router, self.device = members, router, first.scale.device
         self.biases = [None if bias is None else bias.float().contiguous() for bias in biases]
         self.group_size = first.group_size
-        self.blocks = min(sum(one.scale.shape[0] for one in members), processors(self.device))
-        self.limit = shared_memory(self.device)
+        self.row_tiles = sum(one.scale.shape[0] for one in members)
+        self.processors, self.limit = processors(self.device), shared_memory(self.device)
         self.definitions = definitions(first.slices, first.group_size)
         self.params = parameters(len(first.pieces))()
         self._fill(first)
@@ -70,10 +72,9 @@ class Group:
             to.scale, to.zero, to.bias = one.scale.data_ptr(), one.zero.data_ptr(), 0 if bias is None else bias.data_ptr()
             to.rows, to.end = one.rows, end
         hidden = self.router.router.weight.shape[0] if self.router else 0
-        p.parts = min(self.blocks, p.column_tiles)
-        self.state = torch.zeros(3, dtype=torch.int32, device=self.device)
+        self.state = torch.zeros(2, dtype=torch.int32, device=self.device)
         self.depth = torch.zeros(MOST, dtype=torch.int32, device=self.device)
-        self.partial = torch.zeros(p.parts * (hidden + 1) * MOST, device=self.device)
+        self.partial = torch.zeros(p.column_tiles * (hidden + 1) * MOST, device=self.device)
         p.router.state, p.router.depth, p.router.partial = (t.data_ptr() for t in (self.state, self.depth, self.partial))
         if self.router:
             stored = self.router.router
@@ -86,10 +87,12 @@ class Group:
             p.router.hidden, p.router.scores = hidden, stored.out.shape[0]
 
     def memory(self, tokens: int) -> int:
-        """Bytes of shared memory for so many tokens: x in bytes, scale and sum of x in each unit, and sums of warps, twice."""
-        p, padded = self.params, 4 * fours(tokens)
+        """Bytes of shared memory for so many tokens: x in bytes, scale and sum of x in each unit, sums of warps, twice, depths,
+        and the router but for its first matrix."""
+        p, padded, (warps, _) = self.params, 4 * fours(tokens), SHAPES[fours(tokens)]
         units = p.column_tiles * (64 // min(self.group_size, 64))
-        return 2 * padded * (p.column_tiles * 64 + 64) + units * padded * 8 + 2 * WARPS * padded * 33 * 4
+        scoring = p.router.hidden * (p.router.scores + 3) + p.router.scores
+        return 2 * tokens * (p.column_tiles * 64 + 64) + units * padded * 8 + (2 * warps * padded * 33 + padded + scoring) * 4
 
     def most(self) -> int:
         """Tokens that one launch takes: 16, or fewer where shared memory does not hold x of so many."""
@@ -97,7 +100,8 @@ class Group:
 
     def kernel(self, dtype: torch.dtype, tokens: int) -> compiler.Kernel:
         """The kernel for a dtype of activations and up to 4, 8 or 16 tokens."""
-        more = ("BF16", int(dtype == torch.bfloat16)), ("NT", fours(tokens)), ("WARPS", WARPS)
+        warps, per = SHAPES[fours(tokens)]
+        more = ("BF16", int(dtype == torch.bfloat16)), ("NT", fours(tokens)), ("WARPS", warps), ("PER", per)
         return compiler.kernel("few", (*self.definitions, *more), self.device.index or 0)
 
     def __call__(
@@ -117,7 +121,12 @@ class Group:
             to.out = one.data_ptr()
         p.x, p.tau, p.cap, p.read = x.data_ptr(), tau.data_ptr(), cap.data_ptr(), read.data_ptr()
         p.tokens, p.entries = tokens, tau.numel()
-        self.kernel(x.dtype, tokens).launch(self.blocks, WARPS * LANES, p, self.memory(tokens))
+        warps, per = SHAPES[fours(tokens)]
+        memory = self.memory(tokens)
+        blocks = min(self.row_tiles, self.processors * max(1, min(per, self.limit // memory)))
+        # a warp scores one tile of columns, so that few parts are left to add up
+        p.parts = min(blocks, -(-p.column_tiles // warps))
+        self.kernel(x.dtype, tokens).launch(blocks, warps * LANES, p, memory, overlap=True)
         return out
 
 

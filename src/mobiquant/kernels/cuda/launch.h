@@ -8,6 +8,11 @@ constexpr int UNIT = GROUP < 64 ? GROUP : 64, HALVES = 64 / UNIT, THREADS = WARP
 // bytes from one column of x to the next: 64 more than the columns, so that two columns lie in different banks
 constexpr int BESIDE = 64;
 constexpr float STEPS = 32512;
+// turns of a block whose base slice is asked for before the router has decided
+constexpr int FIRST_ROWS = 4;
+#ifndef PREFETCH
+#define PREFETCH 1
+#endif
 
 struct Member {
     const u8 *pieces[PIECES];  // [row tiles][column tiles][32 lanes][8 bytes * width]
@@ -24,8 +29,8 @@ struct Router {
     const float *rms, *bias;      // [hidden]
     const float *out, *out_bias;  // [scores, hidden], [scores]
     float *partial;               // [parts][hidden + 1][TOKENS]
-    int *depth;                   // [TOKENS]
-    u32 *state;                   // arrived, ready, left: zero between launches
+    int *depth;                   // [TOKENS], for who wants to know
+    u32 *state;                   // arrived, left: zero between launches
     int hidden, scores;           // no router where hidden is 0
 };
 
@@ -39,12 +44,15 @@ struct Params {
     int tokens, columns, column_tiles, groups, entries, depths, parts;
 };
 
-// ---- shared memory: x in bytes, scale and sum of x of each unit, and sums of the warps, twice
+// ---- shared memory: x in bytes, scale and sum of x of each unit, sums of the warps, twice, depths of the tokens, and of the
+// router all but its first matrix
 
 struct Shared {
     u8 *x;
     Pair *units;
     float *sums;
+    int *depth;
+    float *rms, *bias, *weight_scale, *out, *out_bias;
 };
 
 DEVICE int x_stride(const Params &p) { return p.column_tiles * 64 + BESIDE; }
@@ -54,7 +62,11 @@ constexpr int SUMS = WARPS * TOKENS * STRIDE;
 DEVICE Shared carve(u8 *memory, const Params &p) {
     Shared s;
     s.x = memory;
-    s.units = (Pair *)(memory + 2 * TOKENS * x_stride(p));
+    s.units = (Pair *)(memory + 2 * p.tokens * x_stride(p));
     s.sums = (float *)(s.units + p.column_tiles * HALVES * TOKENS);
+    s.depth = (int *)(s.sums + 2 * SUMS);
+    s.rms = (float *)(s.depth + TOKENS);
+    s.bias = s.rms + p.router.hidden, s.weight_scale = s.bias + p.router.hidden;
+    s.out = s.weight_scale + p.router.hidden, s.out_bias = s.out + p.router.hidden * p.router.scores;
     return s;
 }

@@ -37,6 +37,15 @@ template <int first, int piece, int end, int m, int f, int a> DEVICE u32 fragmen
     return found;
 }
 
+// ask for 32 rows of the pieces up to a depth
+DEVICE void prefetch_words(const u8 *const *pieces, int row_tile, int column_tiles, int depth, int lane) {
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+        const u32 bytes = column_tiles * 256 * WIDTH[i];
+        if (lane == i && DEPTH[i] <= depth) prefetch(pieces[i] + (u64)row_tile * bytes, bytes);
+    }
+}
+
 // the words of pieces `piece` .. `last` - 1 of a lane; nothing is read of a slice deeper than `deepest`
 template <int first, int last, int piece = first> DEVICE void fetch_words(u32 *words, const u8 *const *pieces, u64 lane, int deepest) {
     if constexpr (piece < last) {

@@ -41,6 +41,8 @@ DEVICE void normalise(Halves &x, const u16 *weight, float epsilon, int lane) {
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32) rotate(const __grid_constant__ Params p) {
+    let_next_begin();
+    wait_for_last();
     const int lane = threadIdx.x % 32, every = p.heads + 2 * p.key_heads;
     const int unit = blockIdx.x * WARPS + threadIdx.x / 32, head = unit % every, sequence = unit / every;
     if (sequence >= p.sequences) return;

@@ -8,12 +8,12 @@ DEVICE int place_of_eight(int n) { return n / 8 * 64 + n % 4 * 16 + n / 4 % 2 * 
 // x to two planes of bytes; a thread takes eight columns, the lanes of a unit agree on its scale
 DEVICE void stage(const Params &p, const Shared &s) {
     constexpr int lanes = UNIT / 8;
-    const int lane = threadIdx.x % 32, stride = x_stride(p), eights = p.column_tiles * 8, total = eights * TOKENS;
+    const int lane = threadIdx.x % 32, stride = x_stride(p), eights = p.column_tiles * 8, total = eights * p.tokens;
     for (int first = threadIdx.x - lane; first < total; first += THREADS) {
         const int at = first + lane, token = at / eights, eight = at % eights;
-        const bool there = at < total && token < p.tokens && eight * 8 < p.columns;
+        const bool there = at < total && eight * 8 < p.columns;
         Four four = {0, 0, 0, 0};
-        if (there) four = *(const Four *)(p.x + (u64)token * p.columns + eight * 8);
+        if (there) four = load_fresh((const Four *)(p.x + (u64)token * p.columns + eight * 8));
         const u32 twos[4] = {four.x, four.y, four.z, four.w};
         float v[8];
         u32 most = 0;
@@ -73,7 +73,8 @@ struct Inputs {
 DEVICE void load_inputs(Inputs &in, const Params &p, const Shared &s, int column_tile, int lane) {
 #pragma unroll
     for (int c = 0; c < NT; c++) {
-        const Four four = *(const Four *)(s.x + (u64)(c * 8 + lane / 4) * x_stride(p) + column_tile * 64 + lane % 4 * 16);
+        const int plane = c * 8 + lane / 4, last = 2 * p.tokens - 1;  // tokens that are not there see the last one
+        const Four four = *(const Four *)(s.x + (u64)(plane < last ? plane : last) * x_stride(p) + column_tile * 64 + lane % 4 * 16);
         in.v[c][0][0] = four.x, in.v[c][0][1] = four.y, in.v[c][1][0] = four.z, in.v[c][1][1] = four.w;
     }
 }

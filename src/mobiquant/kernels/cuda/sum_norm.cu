@@ -18,6 +18,8 @@ struct Params {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS) sum_norm(const __grid_constant__ Params p) {
+    let_next_begin();
+    wait_for_last();
     SHARED_BYTES(memory);
     float *sums = (float *)memory;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
