@@ -208,7 +208,7 @@ def test_nan_stays_in_its_row_and_nothing_is_made_of_nothing(device):
         for y in made:
             assert y[3].isnan().all() and not y[[0, 1, 2, 4]].isnan().any()
     assert [y.shape for y in case.run(case.x(0, torch.float16), [SHUT], [3])[0]] == [(0, 48), (0, 32)]
-    with pytest.raises(ValueError, match="a launch takes 16"):
+    with pytest.raises(ValueError, match="a call takes 16"):
         case.run(case.x(17, torch.float16), [SHUT], [3])
 
 

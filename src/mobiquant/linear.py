@@ -311,7 +311,7 @@ class MobiLinear(nn.Module):
         return y
 
     def _most(self) -> int:
-        """Tokens that one launch takes of all members; 0 where they or the router are more than it holds."""
+        """Tokens that one call takes of all members; 0 where they or the router are more than it holds."""
         if self._group is not None:
             return self._group.most()
         from mobiquant.kernels.cuda import few, tiles

@@ -50,6 +50,8 @@ struct Thread {
     Block *block;
     unsigned thread, number;
     bool ended = false;
+    std::vector<std::pair<u8 *, const u8 *>> copies;
+    std::vector<size_t> groups;
 };
 
 inline std::vector<std::unique_ptr<Thread>> threads;
@@ -157,6 +159,18 @@ template <class T> inline T load_fresh(const T *from) { return *from; }
 inline void let_next_begin() {}
 inline void wait_for_last() {}
 inline void prefetch(const u8 *, u32) {}
+// copies arrive when they are waited for and not before
+inline void copy_16(u8 *to, const u8 *from) { simt::now->copies.push_back({to, from}); }
+inline void copies_end() { simt::now->groups.push_back(simt::now->copies.size()); }
+template <int left> inline void wait_for_copies() {
+    auto &groups = simt::now->groups;
+    auto &copies = simt::now->copies;
+    const size_t keep = groups.size() > left ? groups.size() - left : 0, done = keep ? groups[keep - 1] : 0;
+    for (size_t i = 0; i < done; i++) std::memcpy(copies[i].first, copies[i].second, 16);
+    copies.erase(copies.begin(), copies.begin() + done), groups.erase(groups.begin(), groups.begin() + keep);
+    for (size_t &end : groups) end -= done;
+}
+inline void warp_sync() { const u32 none = 0; simt::meet(&none, 1); }
 inline u32 load_acquire(const u32 *from) { return *from; }
 
 inline void multiply_codes(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { simt::multiply<false>(c, a, b0, b1); }

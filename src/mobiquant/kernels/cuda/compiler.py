@@ -17,7 +17,7 @@ import torch
 HERE = Path(__file__).parent
 # shared memory that a kernel may take without asking
 LEAST_MEMORY = 48 << 10
-FOLDER, HEADERS = "MOBIQUANT_CACHE", ("types.h", "device.h", "pieces.h", "launch.h", "stage.h", "score.h")
+FOLDER, HEADERS = "MOBIQUANT_CACHE", ("types.h", "device.h", "pieces.h", "launch.h", "ring.h", "stage.h", "score.h")
 
 
 def cache_folder() -> Path:

@@ -59,6 +59,17 @@ DEVICE void wait_for_last() {
 #endif
 }
 
+// 16 bytes from memory to shared memory, while this thread goes on
+DEVICE void copy_16(u8 *to, const u8 *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+// what this thread has begun since is one group
+DEVICE void copies_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// all groups of this thread have arrived, but for the last `left`
+template <int left> DEVICE void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(left) : "memory"); }
+// shared memory written by lanes of this warp is seen by its others
+DEVICE void warp_sync() { __syncwarp(); }
+
 // ask for bytes (a multiple of 16) to be brought to the second-level cache
 DEVICE void prefetch(const u8 *from, u32 bytes) {
 #if __CUDA_ARCH__ >= 900

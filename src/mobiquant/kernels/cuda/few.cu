@@ -10,24 +10,25 @@
 // being their wide side (m16n8k32), the two planes of up to four tokens their eight columns. A code needs no conversion:
 // shifting and masking a word gives four of them (`pieces.h`).
 //
-// A block owns 32 rows at a time; its warps share out the columns in tiles of 64 and are summed in a fixed order. A lane
-// fetches its part of a tile with one load of 8 bytes for each bit (`tiles.py`) while it works on the tiles before.
+// A block owns 32 rows at a time; its warps share out the columns in tiles of 64 and are summed in a fixed order. Tiles are
+// copied to shared memory some ahead (`ring.h`), in the order in which lanes take them (`tiles.py`).
 //
 // Routing (`score.h`). Some blocks score part of the columns each, all read the base slice of their first rows, which every token
 // needs, then all add up the scores and decide. Slices that no token needs are not fetched.
 //
-// A launch begins while the one before it ends: it asks for the weights of its first rows, then waits for its x.
+// A launch begins while the one before it ends: its first weights are on their way before it waits for x.
 //
-// Set by the compiler's command line: BF16, GROUP, NT (tokens in fours), WARPS, PER (blocks of a processor), BASE (width of the base
+// Set by the compiler's command line: BF16, GROUP, NT (tokens in fours), WARPS, PER (blocks that a processor has room for), RING, BASE (width of the base
 // slice), PIECES, and for each piece its WIDTHS (1 or 2 bits), DEPTHS (of the slice that it is part of) and ENDS (bits up to and with it).
 
 #include "device.h"
 #include "pieces.h"
 #include "launch.h"
+#include "ring.h"
 #include "stage.h"
 #include "score.h"
 
-// ---- tiles in registers
+// ---- a tile in registers
 
 template <int first, int last> struct Tile {
     u32 words[words_before(last) - words_before(first)];
@@ -35,18 +36,14 @@ template <int first, int last> struct Tile {
     u32 zero[HALVES];      // bytes of four rows
 };
 
-template <int first, int last>
-DEVICE void fetch(Tile<first, last> &tile, const Params &p, const Member &m, int row_tile, int column_tile, int lane, bool wanted) {
-    const u64 index = (u64)row_tile * p.column_tiles + column_tile;
-    fetch_words<first, last>(tile.words, m.pieces, index * 32 + lane, wanted ? DEPTH[last - 1] : 0);
+template <int first, int last> DEVICE void take(Tile<first, last> &tile, const u8 *from, int lane) {
+    take_words<first, last>(tile.words, from, lane);
 #pragma unroll
     for (int h = 0; h < HALVES; h++) {
-        int group = (column_tile * 64 + h * 32) / GROUP;
-        group = group < p.groups ? group : p.groups - 1;  // padding, where x is zero
-        const u64 at = ((u64)row_tile * p.groups + group) * 8 + lane / 4;
-        const Two scale = fetch_two(m.scale + at * 8, wanted);
+        const u8 *half = from + codes_bytes<first, last>() + h * (SCALES + ZEROS);
+        const Two scale = *(const Two *)(half + lane / 4 * 8);
         tile.scale[h][0] = scale.x, tile.scale[h][1] = scale.y;
-        if (first == 0) tile.zero[h] = fetch_one(m.zero + at * 4, wanted);
+        if (first == 0) tile.zero[h] = *(const u32 *)(half + SCALES + lane / 4 * 4);
     }
 }
 
@@ -86,7 +83,9 @@ struct Tokens {
 };
 
 template <int first, int last, bool apart>
-DEVICE void add_tile(Rows &y, const Tile<first, last> &tile, const Params &p, const Shared &s, int column_tile, int lane, const Tokens &t) {
+DEVICE void add_tile(Rows &y, const u8 *from, const Params &p, const Shared &s, int column_tile, int lane, const Tokens &t) {
+    Tile<first, last> tile;
+    take(tile, from, lane);
     Inputs in;
     load_inputs(in, p, s, column_tile, lane);
     Sums sums = {};
@@ -110,19 +109,6 @@ DEVICE void add_tile(Rows &y, const Tile<first, last> &tile, const Params &p, co
 }
 
 // ---- rows
-
-DEVICE const Member &member_of(const Params &p, int &row_tile) {
-    int i = 0;
-    while (row_tile >= p.members[i].end) i++;
-    if (i) row_tile -= p.members[i - 1].end;
-    return p.members[i];
-}
-
-DEVICE int row_tiles_of(const Params &p) {
-    int most = 0;
-    for (int i = 0; i < MEMBERS; i++) most = p.members[i].end > most ? p.members[i].end : most;
-    return most;
-}
 
 // add up the warps and store 32 rows of all tokens; the two buffers take turns, so one barrier is enough
 DEVICE void finish(const Params &p, const Shared &s, Rows &y, int row_tile, int turn, int warp, int lane) {
@@ -151,64 +137,42 @@ DEVICE void finish(const Params &p, const Shared &s, Rows &y, int row_tile, int 
 DEVICE void prefetch_rows(const Params &p, int row_tile, int depth, int lane) {
     const Member &m = member_of(p, row_tile);
     prefetch_words(m.pieces, row_tile, p.column_tiles, depth, lane);
-    if (lane == PIECES) prefetch(m.scale + (u64)row_tile * p.groups * 64, p.groups * 64);
-    if (lane == PIECES + 1) prefetch(m.zero + (u64)row_tile * p.groups * 32, p.groups * 32);
+    if (lane == PIECES) prefetch(m.scale + (u64)row_tile * p.groups * SCALES, p.groups * SCALES);
+    if (lane == PIECES + 1) prefetch(m.zero + (u64)row_tile * p.groups * ZEROS, p.groups * ZEROS);
 }
 
-// tiles of one lane that are on their way at a time
-template <int first, int last> constexpr int ahead() {
-    return (words_before(last) - words_before(first) <= 4 ? 4 : words_before(last) - words_before(first) <= 8 ? 2 : 1);
-}
-
-template <int first, int last> struct Batch {
-    Tile<first, last> tiles[ahead<first, last>()];
-};
-
-template <int first, int last>
-DEVICE void fetch_batch(Batch<first, last> &batch, const Params &p, int row_tile, int column_tile, int lane, bool wanted) {
-    if (!wanted) return;
-    const Member &m = member_of(p, row_tile);
-#pragma unroll
-    for (int i = 0; i < ahead<first, last>(); i++) {
-        const int column = column_tile + i * WARPS;
-        fetch(batch.tiles[i], p, m, row_tile, column < p.column_tiles ? column : 0, lane, column < p.column_tiles);
+// pieces first .. last - 1 of rows from, from + by, .. below to, whose first tiles are on their way (`fill`) and whose others the
+// cursor names. The sums are stored at the end of each 32 rows, unless `keep`, which is for one turn.
+template <int first, int last, bool apart>
+DEVICE void sweep(const Params &p, const Shared &s, Cursor &ahead, int from, bool keep, const Tokens &t, Rows &y, int &turn) {
+    constexpr int bytes = tile_bytes<first, last>(), end = places<first, last>() * bytes;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    u8 *ring = s.ring + warp * RING;
+    int place = 0;
+    for (int row_tile = from; row_tile < ahead.to; row_tile += ahead.by) {
+#pragma unroll 1
+        for (int column_tile = warp; column_tile < p.column_tiles; column_tile += WARPS) {
+            wait_for_copies<end / bytes - 2>();
+            warp_sync();  // it is here for all lanes, and all are done with the tile before, whose place is free
+            copy_next<first, last>(ring + (place ? place : end) - bytes, p, ahead, warp, lane);
+            add_tile<first, last, apart>(y, ring + place, p, s, column_tile, lane, t);
+            place = place + bytes == end ? 0 : place + bytes;
+        }
+        if (!keep) finish(p, s, y, row_tile, turn ^= 1, warp, lane);
     }
 }
 
-// pieces first .. last - 1 of rows from, from + by, .. below to. `begin` runs once, after the first tiles were asked for. The sums
-// are stored at the end of each 32 rows, unless `keep`, which is for one turn.
-template <int first, int last, bool apart, class Begin>
-DEVICE void sweep(const Params &p, const Shared &s, int from, int by, int to, bool keep, const Tokens &t, Rows &y, int &turn, Begin begin) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, stride = WARPS * ahead<first, last>();
-    Batch<first, last> batch, next;
-    int row_tile = from, column_tile = warp;
-    fetch_batch(batch, p, row_tile, column_tile, lane, row_tile < to && column_tile < p.column_tiles);
-    begin();
-    while (row_tile < to) {
-        const bool ends = column_tile + stride >= p.column_tiles;
-        if (PREFETCH && warp == 0 && column_tile == 0 && row_tile + by < to) prefetch_rows(p, row_tile + by, DEPTH[last - 1], lane);
-        const int next_row = ends ? row_tile + by : row_tile, next_column = ends ? warp : column_tile + stride;
-        fetch_batch(next, p, next_row, next_column, lane, next_row < to && next_column < p.column_tiles);
-#pragma unroll
-        for (int i = 0; i < ahead<first, last>(); i++)
-            if (column_tile + i * WARPS < p.column_tiles)
-                add_tile<first, last, apart>(y, batch.tiles[i], p, s, column_tile + i * WARPS, lane, t);
-        if (ends && !keep) finish(p, s, y, row_tile, turn ^= 1, warp, lane);
-        batch = next, row_tile = next_row, column_tile = next_column;
-    }
-}
-
-template <int first, int depth, class Begin>
-DEVICE void sweep_to(int deepest, const Params &p, const Shared &s, int from, int by, int to, bool keep, const Tokens &t, Rows &y, int &turn, Begin begin) {
+template <int first, int depth>
+DEVICE void sweep_to(int deepest, const Params &p, const Shared &s, Cursor &ahead, int from, bool keep, const Tokens &t, Rows &y, int &turn) {
     constexpr int last = pieces_to(depth);
     if constexpr (last > first) {
         if (deepest == depth) {
-            if (t.alike) sweep<first, last, false>(p, s, from, by, to, keep, t, y, turn, begin);
-            else sweep<first, last, true>(p, s, from, by, to, keep, t, y, turn, begin);
+            if (depth == 1 || t.alike) sweep<first, last, false>(p, s, ahead, from, keep, t, y, turn);
+            else sweep<first, last, true>(p, s, ahead, from, keep, t, y, turn);
             return;
         }
     }
-    if constexpr (last < PIECES) sweep_to<first, depth + 1>(deepest, p, s, from, by, to, keep, t, y, turn, begin);
+    if constexpr (last < PIECES) sweep_to<first, depth + 1>(deepest, p, s, ahead, from, keep, t, y, turn);
 }
 
 constexpr float half_a_cell(int bits) { return bits == 8 ? 0.5f : 1 << (7 - (bits < 8 ? bits : 7)); }
@@ -247,49 +211,53 @@ DEVICE bool is_routed(const Params &p, int lane) {
     return p.router.hidden && !warp_all(lane >= p.entries || __float_as_uint(load_fresh(p.tau + lane)) == 0xff800000u);
 }
 
-// what does not depend on the launch before: weights of this block's first rows on their way, parameters of the router here.
-// Thresholds may be about to change: what they say now is good enough to guess what will be read.
-DEVICE void begin_early(const Params &p, const Shared &s, int blocks, int tiles, int lane) {
-    if (threadIdx.x < 32) {
-        const bool routed = is_routed(p, lane);
-        const int guess = routed ? 1 : warp_max(lane < p.entries ? (int)load_fresh(p.cap + lane) : 0);
-        for (int i = 0; i < (routed ? FIRST_ROWS : 1); i++)
-            if ((int)blockIdx.x + i * blocks < tiles) prefetch_rows(p, blockIdx.x + i * blocks, guess, lane);
-    }
-    if (p.router.hidden) prepare_scores(p, s);
-    let_next_begin();
-    wait_for_last();
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, PER) few(const __grid_constant__ Params p) {
     SHARED_BYTES(memory);
     const Shared s = carve(memory, p);
-    const int lane = threadIdx.x % 32, blocks = gridDim.x, tiles = row_tiles_of(p);
-    begin_early(p, s, blocks, tiles, lane);
-    const bool routed = is_routed(p, lane);
-    int own = blockIdx.x, turn = 0, deepest;
-    Rows y = {};
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, blocks = gridDim.x, tiles = row_tiles_of(p), own = blockIdx.x;
+    u8 *ring = s.ring + warp * RING;
     Tokens t;
-    auto begin = [&]() {
-        stage(p, s);
-        __syncthreads();
-    };
-    auto nothing = []() {};
-    if (routed) {
-#pragma unroll
-        for (int c = 0; c < NT; c++) t.column[c] = 1, t.offset[c] = 0;
-        sweep<0, pieces_to(1), false>(p, s, own, blocks, own + 1, true, t, y, turn, [&]() { begin(); score(p, s); });
-        await_scores(p);
-        decide(p, s);
-        deepest = look_up(p, s, t, true, lane);
-        if (deepest > 1) sweep_to<pieces_to(1), 2>(deepest, p, s, own, blocks, own + 1, true, t, y, turn, nothing);
-        finish(p, s, y, own, turn ^= 1, threadIdx.x / 32, lane);
-        own += blocks;
-        sweep_to<0, 1>(deepest, p, s, own, blocks, tiles, false, t, y, turn, nothing);
-        leave(p);
-    } else {
-        if (blockIdx.x == 0 && threadIdx.x < p.tokens) count(p, threadIdx.x, (int)load_fresh(p.cap + entry_of(p, threadIdx.x)));
-        deepest = look_up(p, s, t, false, lane);
-        sweep_to<0, 1>(deepest, p, s, own, blocks, tiles, false, t, y, turn, begin);
+    Rows y = {};
+    int turn = 0;
+    // Before the launch before has ended: weights do not depend on it, and what thresholds say by now is a guess of what is wanted
+    bool routed = is_routed(p, lane);
+    int deepest = routed ? 1 : look_up(p, s, t, false, lane);
+    Cursor ahead = {own, warp, blocks, routed ? own + 1 : tiles};
+    fill_to<0, 1>(deepest, ring, p, ahead, warp, lane);
+    if (routed && warp == 0)
+        for (int i = 1; i < FIRST_ROWS && own + i * blocks < tiles; i++) prefetch_rows(p, own + i * blocks, 1, lane);
+    if (p.router.hidden) prepare_scores(p, s);
+    let_next_begin();
+    wait_for_last();
+    stage(p, s);
+    __syncthreads();
+    const bool now_routed = is_routed(p, lane);
+    const int now_deepest = now_routed ? 1 : look_up(p, s, t, false, lane);
+    if (now_routed != routed || now_deepest != deepest) {
+        wait_for_copies<0>();
+        routed = now_routed, deepest = now_deepest, ahead = {own, warp, blocks, routed ? own + 1 : tiles};
+        fill_to<0, 1>(deepest, ring, p, ahead, warp, lane);
     }
+    if (!routed) {
+        if (own == 0 && threadIdx.x < p.tokens) count(p, threadIdx.x, (int)load_fresh(p.cap + entry_of(p, threadIdx.x)));
+        sweep_to<0, 1>(deepest, p, s, ahead, own, false, t, y, turn);
+        return;
+    }
+    score(p, s);
+#pragma unroll
+    for (int c = 0; c < NT; c++) t.column[c] = 1, t.offset[c] = 0;
+    sweep<0, pieces_to(1), false>(p, s, ahead, own, true, t, y, turn);
+    await_scores(p);
+    decide(p, s);
+    deepest = look_up(p, s, t, true, lane);
+    if (deepest > 1) {
+        ahead = {own, warp, blocks, own + 1};
+        fill_to<pieces_to(1), 2>(deepest, ring, p, ahead, warp, lane);
+        sweep_to<pieces_to(1), 2>(deepest, p, s, ahead, own, true, t, y, turn);
+    }
+    ahead = {own + blocks, warp, blocks, tiles};
+    fill_to<0, 1>(deepest, ring, p, ahead, warp, lane);
+    finish(p, s, y, own, turn ^= 1, warp, lane);
+    sweep_to<0, 1>(deepest, p, s, ahead, own + blocks, false, t, y, turn);
+    leave(p);
 }

@@ -16,8 +16,10 @@ from mobiquant.kernels.cuda import compiler
 from mobiquant.kernels.cuda.tiles import LANES, RouterTiles, Tiles, definitions
 
 MEMBERS, MOST = 4, 16
-# warps of a block and blocks that a processor runs at a time, by fours of tokens: as many as registers allow
-SHAPES = {1: (8, 2), 2: (8, 2), 4: (8, 1)}
+# warps of a block by fours of tokens, and blocks for which a processor has registers: the next launch begins beside this one
+SHAPES = {1: (16, 2), 2: (16, 1), 4: (8, 1)}
+# bytes of tiles on their way to a warp: two tiles of eight bits at least
+RING = 4608
 DTYPES = (torch.float16, torch.bfloat16)
 # bytes of shared memory that a block may take on every GPU that the kernels are for, and of one that has less than Hopper
 MEMORY = {(8, 0): 163 << 10, (8, 7): 163 << 10, (8, 6): 99 << 10, (8, 9): 99 << 10, (12, 0): 99 << 10, (12, 1): 99 << 10}
@@ -39,7 +41,7 @@ def parameters(pieces: int) -> type[ctypes.Structure]:
 
     class Params(ctypes.Structure):
         _fields_ = [("members", Member * MEMBERS), ("router", Router)] + [(n, address) for n in ("x", "tau", "cap", "read")] \
-            + [(n, whole) for n in ("tokens", "columns", "column_tiles", "groups", "entries", "depths", "parts")]  # fmt: skip
+            + [(n, whole) for n in ("tokens", "columns", "column_tiles", "groups", "entries", "depths", "parts", "before", "per")]  # fmt: skip
 
     return Params
 
@@ -87,21 +89,26 @@ class Group:
             p.router.hidden, p.router.scores = hidden, stored.out.shape[0]
 
     def memory(self, tokens: int) -> int:
-        """Bytes of shared memory for so many tokens: x in bytes, scale and sum of x in each unit, sums of warps, twice, depths,
-        and the router but for its first matrix."""
+        """Bytes of shared memory for so many tokens: tiles on their way, x in bytes, scale and sum of x in each unit, sums of
+        warps, twice, depths, and the router but for its first matrix."""
         p, padded, (warps, _) = self.params, 4 * fours(tokens), SHAPES[fours(tokens)]
         units = p.column_tiles * (64 // min(self.group_size, 64))
         scoring = p.router.hidden * (p.router.scores + 3) + p.router.scores
-        return 2 * tokens * (p.column_tiles * 64 + 64) + units * padded * 8 + (2 * warps * padded * 33 + padded + scoring) * 4
+        return warps * RING + 2 * tokens * (p.column_tiles * 64 + 64) + units * padded * 8 + (2 * warps * padded * 33 + padded + scoring) * 4
+
+    def fits(self) -> int:
+        """Tokens that one launch takes: 16, or fewer where shared memory does not hold x of so many, or 0."""
+        return next((n for n in (16, 8, 4) if self.memory(n) <= self.limit), 0)
 
     def most(self) -> int:
-        """Tokens that one launch takes: 16, or fewer where shared memory does not hold x of so many."""
-        return next((n for n in (16, 8, 4) if self.memory(n) <= self.limit), 0)
+        """Tokens that a call takes, in as many launches as are needed; 0 where shared memory does not hold x of four."""
+        return MOST if self.fits() else 0
 
     def kernel(self, dtype: torch.dtype, tokens: int) -> compiler.Kernel:
         """The kernel for a dtype of activations and up to 4, 8 or 16 tokens."""
         warps, per = SHAPES[fours(tokens)]
-        more = ("BF16", int(dtype == torch.bfloat16)), ("NT", fours(tokens)), ("WARPS", warps), ("PER", per)
+        how = int(dtype == torch.bfloat16), fours(tokens), warps, per, RING
+        more = zip(("BF16", "NT", "WARPS", "PER", "RING"), how, strict=True)
         return compiler.kernel("few", (*self.definitions, *more), self.device.index or 0)
 
     def __call__(
@@ -111,23 +118,26 @@ class Group:
 
         Raises ValueError for more tokens than `most` says.
         """
-        tokens, p, x = x.shape[0], self.params, x.contiguous()
+        tokens, p, x, fits = x.shape[0], self.params, x.contiguous(), self.fits()
         if tokens > self.most():
-            raise ValueError(f"{tokens} tokens of {p.columns} columns: a launch takes {self.most()}")
+            raise ValueError(f"{tokens} tokens of {p.columns} columns: a call takes {self.most()}")
         out = [x.new_empty(tokens, one.rows) for one in self.members]
-        if not tokens:
-            return out
-        for to, one in zip(p.members, out, strict=False):
-            to.out = one.data_ptr()
-        p.x, p.tau, p.cap, p.read = x.data_ptr(), tau.data_ptr(), cap.data_ptr(), read.data_ptr()
-        p.tokens, p.entries = tokens, tau.numel()
-        warps, per = SHAPES[fours(tokens)]
-        memory = self.memory(tokens)
-        blocks = min(self.row_tiles, self.processors * max(1, min(per, self.limit // memory)))
+        p.tau, p.cap, p.read, p.entries = tau.data_ptr(), cap.data_ptr(), read.data_ptr(), tau.numel()
+        for first in range(0, tokens, max(fits, 1)):
+            count = min(fits, tokens - first)
+            for to, one in zip(p.members, out, strict=False):
+                to.out = one[first:].data_ptr()
+            p.x, p.tokens, p.before, p.per = x[first:].data_ptr(), count, first, max(1, tokens // p.entries)
+            self._launch(x.dtype, count)
+        return out
+
+    def _launch(self, dtype: torch.dtype, tokens: int) -> None:
+        """Run the kernel with the parameters as they are."""
+        p, (warps, _) = self.params, SHAPES[fours(tokens)]
+        blocks = min(self.row_tiles, self.processors)
         # a warp scores one tile of columns, so that few parts are left to add up
         p.parts = min(blocks, -(-p.column_tiles // warps))
-        self.kernel(x.dtype, tokens).launch(blocks, warps * LANES, p, memory, overlap=True)
-        return out
+        self.kernel(dtype, tokens).launch(blocks, warps * LANES, p, self.memory(tokens), overlap=True)
 
 
 def fours(tokens: int) -> int:

@@ -8,11 +8,12 @@ constexpr int UNIT = GROUP < 64 ? GROUP : 64, HALVES = 64 / UNIT, THREADS = WARP
 // bytes from one column of x to the next: 64 more than the columns, so that two columns lie in different banks
 constexpr int BESIDE = 64;
 constexpr float STEPS = 32512;
+// bytes of a warp's tiles on their way
+#ifndef RING
+#define RING 4608
+#endif
 // turns of a block whose base slice is asked for before the router has decided
 constexpr int FIRST_ROWS = 4;
-#ifndef PREFETCH
-#define PREFETCH 1
-#endif
 
 struct Member {
     const u8 *pieces[PIECES];  // [row tiles][column tiles][32 lanes][8 bytes * width]
@@ -42,13 +43,31 @@ struct Params {
     const long long *cap;  // [entries]
     double *read;          // [entries, depths]: weights read at each depth
     int tokens, columns, column_tiles, groups, entries, depths, parts;
+    int before, per;  // tokens of other launches before these, and tokens of an entry
 };
 
-// ---- shared memory: x in bytes, scale and sum of x of each unit, sums of the warps, twice, depths of the tokens, and of the
-// router all but its first matrix
+// which member a row tile is of; the row tile becomes that of the member
+DEVICE const Member &member_of(const Params &p, int &row_tile) {
+    int i = 0;
+    while (row_tile >= p.members[i].end) i++;
+    if (i) row_tile -= p.members[i - 1].end;
+    return p.members[i];
+}
+
+DEVICE int row_tiles_of(const Params &p) {
+    int most = 0;
+    for (int i = 0; i < MEMBERS; i++) most = p.members[i].end > most ? p.members[i].end : most;
+    return most;
+}
+
+// the entry of thresholds and caps that is a token's
+DEVICE int entry_of(const Params &p, int token) { return p.entries == 1 ? 0 : (p.before + token) / p.per; }
+
+// ---- shared memory: tiles on their way to each warp, x in bytes, scale and sum of x of each unit, sums of the warps, twice,
+// depths of the tokens, and of the router all but its first matrix
 
 struct Shared {
-    u8 *x;
+    u8 *ring, *x;
     Pair *units;
     float *sums;
     int *depth;
@@ -61,8 +80,9 @@ constexpr int SUMS = WARPS * TOKENS * STRIDE;
 
 DEVICE Shared carve(u8 *memory, const Params &p) {
     Shared s;
-    s.x = memory;
-    s.units = (Pair *)(memory + 2 * p.tokens * x_stride(p));
+    s.ring = memory;
+    s.x = memory + WARPS * RING;
+    s.units = (Pair *)(s.x + 2 * p.tokens * x_stride(p));
     s.sums = (float *)(s.units + p.column_tiles * HALVES * TOKENS);
     s.depth = (int *)(s.sums + 2 * SUMS);
     s.rms = (float *)(s.depth + TOKENS);

@@ -87,7 +87,7 @@ def product(x: Float[Tensor, "T K"], weight: Tiles, depth: Int[Tensor, " T"] | i
     if tokens > MOST:
         return many.product(x, weight, depth)
     group = Group([weight], [None], None)
-    if tokens > group.most():
+    if not group.most():
         return many.product(x, weight, depth)
     entries = 1 if isinstance(depth, int) else tokens
     tau = torch.full((entries,), float("-inf"), device=x.device)

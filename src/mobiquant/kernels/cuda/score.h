@@ -73,8 +73,6 @@ DEVICE void score_part(const Params &p, const Shared &s, int block) {
 
 DEVICE float softplus(float x) { return x > 20 ? x : log1pf(expf(x)); }
 
-DEVICE int entry_of(const Params &p, int token) { return token / (p.tokens / p.entries); }
-
 // what a token reads in all layers of the launch
 DEVICE void count(const Params &p, int token, int depth) {
     double weights = 0;
@@ -100,8 +98,9 @@ DEVICE void decide(const Params &p, const Shared &s) {
     const Router &r = p.router;
     const int stride = (r.hidden + 1) * TOKENS, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float *active = s.sums, *scores = s.sums + MOST_HIDDEN * TOKENS;
-    for (int i = threadIdx.x; i < r.hidden * p.tokens; i += THREADS) {
-        const int unit = i / p.tokens, token = i % p.tokens;
+    for (int i = threadIdx.x; i < r.hidden * TOKENS; i += THREADS) {
+        const int unit = i / TOKENS, token = i % TOKENS;
+        if (token >= p.tokens) continue;
         float sum = 0, energy = 0;
 #pragma unroll 4
         for (int b = 0; b < p.parts; b++) {
@@ -114,8 +113,9 @@ DEVICE void decide(const Params &p, const Shared &s) {
         active[unit * TOKENS + token] = z / (1 + expf(-z));
     }
     __syncthreads();
-    for (int i = warp; i < r.scores * p.tokens; i += WARPS) {
-        const int score = i / p.tokens, token = i % p.tokens;
+    for (int i = warp; i < r.scores * TOKENS; i += WARPS) {
+        const int score = i / TOKENS, token = i % TOKENS;
+        if (token >= p.tokens) continue;
         float sum = 0;
         for (int unit = lane; unit < r.hidden; unit += 32) sum += s.out[score * r.hidden + unit] * active[unit * TOKENS + token];
 #pragma unroll
@@ -133,7 +133,7 @@ DEVICE void decide(const Params &p, const Shared &s) {
             depth += scores[token] - fall > tau;
         }
         s.depth[token] = depth = depth < cap ? depth : cap;
-        if (blockIdx.x == 0) r.depth[token] = depth, count(p, token, depth);
+        if (blockIdx.x == 0) r.depth[p.before + token] = depth, count(p, token, depth);
     }
     __syncthreads();
 }

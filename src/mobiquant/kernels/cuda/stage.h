@@ -8,12 +8,14 @@ DEVICE int place_of_eight(int n) { return n / 8 * 64 + n % 4 * 16 + n / 4 % 2 * 
 // x to two planes of bytes; a thread takes eight columns, the lanes of a unit agree on its scale
 DEVICE void stage(const Params &p, const Shared &s) {
     constexpr int lanes = UNIT / 8;
-    const int lane = threadIdx.x % 32, stride = x_stride(p), eights = p.column_tiles * 8, total = eights * p.tokens;
-    for (int first = threadIdx.x - lane; first < total; first += THREADS) {
-        const int at = first + lane, token = at / eights, eight = at % eights;
-        const bool there = at < total && eight * 8 < p.columns;
+    const int lane = threadIdx.x % 32, stride = x_stride(p), eights = p.column_tiles * 8;
+    // warps take turns over all tokens
+    for (int first = threadIdx.x - lane, token = 0; token < p.tokens; first += THREADS) {
+        while (first >= eights && token < p.tokens) first -= (eights + 31) / 32 * 32, token++;
+        if (token == p.tokens) break;
+        const int eight = first + lane;
         Four four = {0, 0, 0, 0};
-        if (there) four = load_fresh((const Four *)(p.x + (u64)token * p.columns + eight * 8));
+        if (eight * 8 < p.columns) four = load_fresh((const Four *)(p.x + (u64)token * p.columns + eight * 8));
         const u32 twos[4] = {four.x, four.y, four.z, four.w};
         float v[8];
         u32 most = 0;
@@ -40,7 +42,7 @@ DEVICE void stage(const Params &p, const Shared &s) {
         }
 #pragma unroll
         for (int by = 1; by < lanes; by *= 2) sum += shuffle_xor(sum, by);
-        if (at >= total) continue;
+        if (eight >= eights) continue;
         u8 *high = s.x + (u64)(2 * token) * stride + place_of_eight(eight), *low = high + stride;
         Two highs, lows;
         u32 *words[2] = {&highs.x, &highs.y}, *under[2] = {&lows.x, &lows.y};

@@ -1,0 +1,86 @@
+// Tiles on their way from memory to the warp that works on them: a ring of places in shared memory for each warp, filled by
+// asynchronous copies of its own lanes. A warp meets no other, so there is no barrier but that of its lanes.
+//
+// Copies need no registers while they are under way, so a loop holds one tile at a time and is short: code that does not fit the
+// instruction cache costs more than the work. Set by the compiler's command line as said in `few.cu`.
+
+#pragma once
+
+constexpr int SCALES = 64, ZEROS = 32;  // bytes of a tile for each half that has a scale of its own
+
+template <int first, int last> constexpr int codes_bytes() { return (words_before(last) - words_before(first)) * 128; }
+template <int first, int last> constexpr int tile_bytes() { return codes_bytes<first, last>() + HALVES * (SCALES + ZEROS); }
+// places in the ring
+template <int first, int last> constexpr int places() { return RING / tile_bytes<first, last>(); }
+
+// where a lane's words of a piece begin, from the first piece that the ring holds
+template <int first, int piece> constexpr int piece_at() { return codes_bytes<first, piece>(); }
+
+// the tiles of a warp in their order: columns warp, warp + WARPS, .. of rows from, from + by, .. below to
+struct Cursor {
+    int row_tile, column_tile, by, to;
+};
+
+template <int first, int last, int piece = first>
+DEVICE void copy_pieces(u8 *to, const u8 *const *pieces, u64 tile, int lane) {
+    if constexpr (piece < last) {
+        if (lane < 16 * WIDTH[piece])
+            copy_16(to + piece_at<first, piece>() + lane * 16, pieces[piece] + tile * (256 * WIDTH[piece]) + lane * 16);
+        copy_pieces<first, last, piece + 1>(to, pieces, tile, lane);
+    }
+}
+
+// start the copies of the cursor's tile, if there is one, and move on; counts as a group of copies in any case
+template <int first, int last> DEVICE void copy_next(u8 *to, const Params &p, Cursor &at, int warp, int lane) {
+    if (at.row_tile < at.to && at.column_tile < p.column_tiles) {
+        int row_tile = at.row_tile;
+        const Member &m = member_of(p, row_tile);
+        copy_pieces<first, last>(to, m.pieces, (u64)row_tile * p.column_tiles + at.column_tile, lane);
+        const int half = lane / 8, part = lane % 8;
+        if (half < HALVES && part < (first == 0 ? 6 : 4)) {
+            int group = (at.column_tile * 64 + half * 32) / GROUP;
+            group = group < p.groups ? group : p.groups - 1;  // padding, where x is zero
+            const u64 index = (u64)row_tile * p.groups + group;
+            const u8 *from = part < 4 ? m.scale + index * SCALES + part * 16 : m.zero + index * ZEROS + (part - 4) * 16;
+            copy_16(to + codes_bytes<first, last>() + half * (SCALES + ZEROS) + part * 16, from);
+        }
+        at.column_tile += WARPS;
+        if (at.column_tile >= p.column_tiles) at.column_tile = warp, at.row_tile += at.by;
+    }
+    copies_end();
+}
+
+// fill all places but one
+template <int first, int last> DEVICE void fill(u8 *ring, const Params &p, Cursor &at, int warp, int lane) {
+    warp_sync();  // what lay there has been read by all lanes
+#pragma unroll 1
+    for (int i = 0; i < places<first, last>() - 1; i++)
+        copy_next<first, last>(ring + i * tile_bytes<first, last>(), p, at, warp, lane);
+}
+
+template <int first, int depth> DEVICE void fill_to(int deepest, u8 *ring, const Params &p, Cursor &at, int warp, int lane) {
+    constexpr int last = pieces_to(depth);
+    if constexpr (last > first) {
+        if (deepest == depth) {
+            fill<first, last>(ring, p, at, warp, lane);
+            return;
+        }
+    }
+    if constexpr (last < PIECES) fill_to<first, depth + 1>(deepest, ring, p, at, warp, lane);
+}
+
+// a lane's words of all pieces of a tile
+template <int first, int last, int piece = first> DEVICE void take_words(u32 *words, const u8 *from, int lane) {
+    if constexpr (piece < last) {
+        u32 *to = words + (words_before(piece) - words_before(first));
+        const u8 *own = from + piece_at<first, piece>() + lane * (8 * WIDTH[piece]);
+        if constexpr (WIDTH[piece] == 2) {
+            const Four got = *(const Four *)own;
+            to[0] = got.x, to[1] = got.y, to[2] = got.z, to[3] = got.w;
+        } else {
+            const Two got = *(const Two *)own;
+            to[0] = got.x, to[1] = got.y;
+        }
+        take_words<first, last, piece + 1>(words, from, lane);
+    }
+}
