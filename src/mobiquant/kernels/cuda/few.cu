@@ -222,7 +222,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER) few(const __grid_cons
     // Before the launch before has ended: weights do not depend on it, and what thresholds say by now is a guess of what is wanted
     bool routed = is_routed(p, lane);
     int deepest = routed ? 1 : look_up(p, s, t, false, lane);
-    Cursor ahead = {own, warp, blocks, routed ? own + 1 : tiles};
+    Cursor ahead = cursor(p, own, blocks, routed ? own + 1 : tiles, warp, lane);
     fill_to<0, 1>(deepest, ring, p, ahead, warp, lane);
     if (routed && warp == 0)
         for (int i = 1; i < FIRST_ROWS && own + i * blocks < tiles; i++) prefetch_rows(p, own + i * blocks, 1, lane);
@@ -235,7 +235,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER) few(const __grid_cons
     const int now_deepest = now_routed ? 1 : look_up(p, s, t, false, lane);
     if (now_routed != routed || now_deepest != deepest) {
         wait_for_copies<0>();
-        routed = now_routed, deepest = now_deepest, ahead = {own, warp, blocks, routed ? own + 1 : tiles};
+        routed = now_routed, deepest = now_deepest, ahead = cursor(p, own, blocks, routed ? own + 1 : tiles, warp, lane);
         fill_to<0, 1>(deepest, ring, p, ahead, warp, lane);
     }
     if (!routed) {
@@ -251,11 +251,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER) few(const __grid_cons
     decide(p, s);
     deepest = look_up(p, s, t, true, lane);
     if (deepest > 1) {
-        ahead = {own, warp, blocks, own + 1};
+        ahead = cursor(p, own, blocks, own + 1, warp, lane);
         fill_to<pieces_to(1), 2>(deepest, ring, p, ahead, warp, lane);
         sweep_to<pieces_to(1), 2>(deepest, p, s, ahead, own, true, t, y, turn);
     }
-    ahead = {own + blocks, warp, blocks, tiles};
+    ahead = cursor(p, own + blocks, blocks, tiles, warp, lane);
     fill_to<0, 1>(deepest, ring, p, ahead, warp, lane);
     finish(p, s, y, own, turn ^= 1, warp, lane);
     sweep_to<0, 1>(deepest, p, s, ahead, own + blocks, false, t, y, turn);

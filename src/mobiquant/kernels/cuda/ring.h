@@ -16,36 +16,55 @@ template <int first, int last> constexpr int places() { return RING / tile_bytes
 // where a lane's words of a piece begin, from the first piece that the ring holds
 template <int first, int piece> constexpr int piece_at() { return codes_bytes<first, piece>(); }
 
-// the tiles of a warp in their order: columns warp, warp + WARPS, .. of rows from, from + by, .. below to
+// The tiles of a warp in their order: columns warp, warp + WARPS, .. of rows from, from + by, .. below to.
 struct Cursor {
     int row_tile, column_tile, by, to;
+    int member;      // of the rows
+    u32 tile;        // counted from the first of the member
+    const u8 *more;  // 16 bytes of scales or zero points that are this lane's part of the tile, if any
 };
 
-template <int first, int last, int piece = first>
-DEVICE void copy_pieces(u8 *to, const u8 *const *pieces, u64 tile, int lane) {
+// lanes that fetch scales and zero points of a tile: eight for each half, of which four and two do
+DEVICE bool is_zero_point(int lane) { return lane % 8 >= 4; }
+
+// work out where the tiles of the cursor's rows lie
+DEVICE void enter_rows(Cursor &at, const Params &p, int warp, int lane) {
+    at.column_tile = warp;
+    if (at.row_tile >= at.to || warp >= p.column_tiles) {
+        at.row_tile = at.to;
+        return;
+    }
+    int row_tile = at.row_tile;
+    at.member = &member_of(p, row_tile) - p.members;
+    at.tile = row_tile * p.column_tiles + warp;
+    const Member &m = p.members[at.member];
+    const u64 group = (u64)row_tile * p.groups + (warp * 64 + lane / 8 * 32) / GROUP;
+    at.more = is_zero_point(lane) ? m.zero + group * ZEROS + lane % 4 * 16 : m.scale + group * SCALES + lane % 4 * 16;
+}
+
+DEVICE Cursor cursor(const Params &p, int from, int by, int to, int warp, int lane) {
+    Cursor at = {from, warp, by, to, 0, 0, 0};
+    enter_rows(at, p, warp, lane);
+    return at;
+}
+
+template <int first, int last, int piece = first> DEVICE void copy_pieces(u8 *to, const Member &m, u32 tile, int lane) {
     if constexpr (piece < last) {
         if (lane < 16 * WIDTH[piece])
-            copy_16(to + piece_at<first, piece>() + lane * 16, pieces[piece] + tile * (256 * WIDTH[piece]) + lane * 16);
-        copy_pieces<first, last, piece + 1>(to, pieces, tile, lane);
+            copy_16(to + piece_at<first, piece>() + lane * 16, m.pieces[piece] + ((u64)tile * (256 * WIDTH[piece]) + lane * 16));
+        copy_pieces<first, last, piece + 1>(to, m, tile, lane);
     }
 }
 
 // start the copies of the cursor's tile, if there is one, and move on; counts as a group of copies in any case
 template <int first, int last> DEVICE void copy_next(u8 *to, const Params &p, Cursor &at, int warp, int lane) {
-    if (at.row_tile < at.to && at.column_tile < p.column_tiles) {
-        int row_tile = at.row_tile;
-        const Member &m = member_of(p, row_tile);
-        copy_pieces<first, last>(to, m.pieces, (u64)row_tile * p.column_tiles + at.column_tile, lane);
-        const int half = lane / 8, part = lane % 8;
-        if (half < HALVES && part < (first == 0 ? 6 : 4)) {
-            int group = (at.column_tile * 64 + half * 32) / GROUP;
-            group = group < p.groups ? group : p.groups - 1;  // padding, where x is zero
-            const u64 index = (u64)row_tile * p.groups + group;
-            const u8 *from = part < 4 ? m.scale + index * SCALES + part * 16 : m.zero + index * ZEROS + (part - 4) * 16;
-            copy_16(to + codes_bytes<first, last>() + half * (SCALES + ZEROS) + part * 16, from);
-        }
-        at.column_tile += WARPS;
-        if (at.column_tile >= p.column_tiles) at.column_tile = warp, at.row_tile += at.by;
+    static_assert(WARPS * 64 % GROUP == 0, "a warp moves on by whole groups");
+    if (at.row_tile < at.to) {
+        copy_pieces<first, last>(to, p.members[at.member], at.tile, lane);
+        if (lane < HALVES * 8 && lane % 8 < (first == 0 ? 6 : 4))
+            copy_16(to + codes_bytes<first, last>() + lane / 8 * (SCALES + ZEROS) + lane % 8 * 16, at.more);
+        at.tile += WARPS, at.column_tile += WARPS, at.more += WARPS * 64 / GROUP * (is_zero_point(lane) ? ZEROS : SCALES);
+        if (at.column_tile >= p.column_tiles) at.row_tile += at.by, enter_rows(at, p, warp, lane);
     }
     copies_end();
 }

@@ -11,7 +11,7 @@ are counted from the upper end of the byte. The eight columns that a lane has of
 
 Scales and zero points [row tiles, G, 8, 4] lie so that a lane loads those of its four rows at once.
 
-Bytes are those of the planes where rows fill tiles of 32 and columns tiles of 64; the rest is padding.
+Bytes are those of the planes where rows fill tiles of 32 and columns tiles of 64; the rest is padding, with groups of its own.
 """
 
 from collections.abc import Sequence
@@ -116,10 +116,10 @@ def take_up(tiles: UInt8[Tensor, "R C 32 B"], width: int, rows: int, columns: in
     return _untiled(fields, rows, columns)
 
 
-def _by_lane(values: Tensor) -> Tensor:
-    """[N, G] -> [t, G, r, (m u)]."""
-    padded = pad(values, (0, 0, 0, -values.shape[0] % ROWS))
-    return padded.view(-1, 4, 8, values.shape[1]).permute(0, 3, 2, 1).contiguous()
+def _by_lane(values: Tensor, groups: int) -> Tensor:
+    """[N, G] -> [t, groups, r, (m u)], padded with zeros."""
+    padded = pad(values, (0, groups - values.shape[1], 0, -values.shape[0] % ROWS))
+    return padded.view(-1, 4, 8, groups).permute(0, 3, 2, 1).contiguous()
 
 
 def prepare(
@@ -136,7 +136,9 @@ def prepare(
             part = min(2, left)
             left -= part
             made.append(lay_out((code >> left) & (2**part - 1), part))
-    return Tiles(made, _by_lane(scale), _by_lane(zero), scale.shape[0], columns, slices, group_size)
+    # those of the last column tile are there to be read, whether they have columns or not
+    groups = -(-made[0].shape[1] * COLUMNS // group_size)
+    return Tiles(made, _by_lane(scale, groups), _by_lane(zero, groups), scale.shape[0], columns, slices, group_size)
 
 
 def restore(tiles: Tiles) -> tuple[list[UInt8[Tensor, "_ N K8"]], Float16[Tensor, "N G"], UInt8[Tensor, "N G"]]:
@@ -147,8 +149,10 @@ def restore(tiles: Tiles) -> tuple[list[UInt8[Tensor, "_ N K8"]], Float16[Tensor
         values[piece.depth - 1] = values[piece.depth - 1] << piece.width | own  # type: ignore[assignment]
     for code, width in zip(values, tiles.slices, strict=True):
         planes += pack.pack(code, (width,))  # type: ignore[arg-type]
+    groups = s.groups(tiles.columns, tiles.group_size)
     scale, zero = (
-        part.permute(0, 3, 2, 1).reshape(-1, part.shape[1])[: tiles.rows].contiguous() for part in (tiles.scale, tiles.zero)
+        part.permute(0, 3, 2, 1).reshape(-1, part.shape[1])[: tiles.rows, :groups].contiguous()
+        for part in (tiles.scale, tiles.zero)
     )
     return planes, scale, zero
 
