@@ -1,7 +1,7 @@
 """A checkpoint of random weights in the shapes of a model, for speed alone: its text says nothing.
 
-Codes, scales and routers are random, so it costs what a real one costs. Routers differ from layer to layer and not from token to
-token, which gives the table of thresholds without calibration: at each threshold the layers above it read one slice more.
+Codes, scales and routers are random, so it costs what a real one costs. Routers differ from layer to layer and not from token
+to token, which gives the table of thresholds without calibration: at each threshold the layers above it read one slice more.
 """
 
 from dataclasses import replace
@@ -24,8 +24,13 @@ SHAPES = {"llama-1b": (16, 2048, 8192, 32, 8), "tinyllama": (22, 2048, 5632, 32,
 GAP, ROWS = 4.0, 33
 
 
-def make(name: str, tokenizer: str, folder: Path, form: Format = Format(), seed: int = 0) -> None:  # noqa: B008 -- frozen
-    """Write a random checkpoint with the tokenizer of a model; raises InputError on shapes that are not known."""
+def make(
+    name: str, tokenizer: str, folder: Path, floats: Path | None = None, form: Format = Format(), seed: int = 0
+) -> None:  # fmt: skip
+    """Write a random checkpoint with the tokenizer of a model, and a float model of these shapes to `floats`.
+
+    Raises InputError on shapes that are not known.
+    """
     if name not in SHAPES:
         raise InputError(f"model '{name}' has no shapes here: choose from {', '.join(SHAPES)}")
     blocks, width, inner, heads, key_heads = SHAPES[name]
@@ -36,6 +41,9 @@ def make(name: str, tokenizer: str, folder: Path, form: Format = Format(), seed:
     )  # fmt: skip
     torch.manual_seed(seed)
     model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+    if floats is not None:
+        model.save_pretrained(floats)
+        words.save_pretrained(floats)
     names = [tuple(f"model.layers.{i}.{part}" for part in parts) for i in range(blocks) for parts in PARTS]
     stored = Checkpoint(form, tuple(names), calibration={"recipe": "random", "model": name})
     checkpoint.build_layers(model, stored)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mobiquant.budget import bits_read, precision, set_precision
     from mobiquant.calibrate import quantize
     from mobiquant.config import InputError
+    from mobiquant.generate import draft
     from mobiquant.integration import load
 
 try:
@@ -28,12 +29,13 @@ except PackageNotFoundError:
     # run from a source tree that was never installed
     __version__ = "0.0.0"
 
-__all__ = ["InputError", "bits_read", "load", "precision", "quantize", "set_precision"]
+__all__ = ["InputError", "bits_read", "draft", "load", "precision", "quantize", "set_precision"]
 _HOMES = {
     "InputError": "config",
     "bits_read": "budget",
     "precision": "budget",
     "set_precision": "budget",
+    "draft": "generate",
     "load": "integration",
     "quantize": "calibrate",
 }

@@ -289,6 +289,7 @@ def generate(
     chat: Annotated[bool, typer.Option(help="Put the prompt into the chat template of the model.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 64,
     seed: Annotated[int | None, typer.Option(help="Sample with this seed; greedy without one.")] = None,
+    draft_bits: Annotated[float | None, typer.Option(help="Guess tokens at this width, check them at --bits.")] = None,
     max_bits: Annotated[float | None, typer.Option(help="Load only the slices of the first bits.")] = None,
     device: Device = "auto",
     as_json: Json = False,
@@ -311,7 +312,8 @@ def generate(
         if not as_json:
             print(piece, end="", flush=True)
 
-    text = make(model, tokenizer, prompt, chat=chat, max_new_tokens=max_new_tokens, seed=seed, stream=stream)
+    how = {"chat": chat, "max_new_tokens": max_new_tokens, "seed": seed, "draft_bits": draft_bits}
+    text = make(model, tokenizer, prompt, stream=stream, **how)
     read = mobiquant.bits_read(model)
     if as_json:
         print(json.dumps({"text": text, "bits": bits, "bits_read": read}))

@@ -2,15 +2,21 @@
 
 A model of a known family is decoded natively, on a CPU by `decoder` and on CUDA by `captured`, with the same rules of sampling;
 every other model, and every rule that is not listed here, goes through `generate` of transformers.
+
+`draft` is the same model at fewer bits, to guess tokens that the model then checks several at a time (speculative decoding,
+arXiv 2211.17192, here with one set of weights). Text is that of the model alone; whether it comes sooner depends on what a pass
+over several tokens costs beside one over a single token (`docs/method.md`).
 """
 
+import copy
 from collections.abc import Callable, Iterator
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mobiquant import captured, decoder, matmul
+from mobiquant import budget, captured, decoder, matmul
 from mobiquant.config import InputError
 
 # settings of a generation that native decoding follows; one of the others that is set to something leaves it to transformers
@@ -33,11 +39,14 @@ def generate(
     chat: bool = False,
     max_new_tokens: int = 64,
     seed: int | None = None,
+    draft_bits: float | None = None,
     stream: Callable[[str], None] = lambda _: None,
 ) -> str:
     """Continue a prompt, or answer it with `chat=True`; greedy without a seed, sampled with one. Returns the new text.
 
-    `stream` gets pieces of the text as they are made. Raises InputError for an empty prompt or a model without a chat template.
+    With `draft_bits` tokens are guessed at that fixed width and checked at the precision of the model. `stream` gets pieces of
+    the text as they are made. Raises InputError for an empty prompt, a model without a chat template, or a width that no prefix
+    has.
     """
     from transformers import TextStreamer
 
@@ -45,6 +54,7 @@ def generate(
         raise InputError("the prompt is empty: give some text with --prompt")
     if max_new_tokens < 1:
         raise InputError(f"{max_new_tokens} new tokens cannot be made: give --max-new-tokens of 1 or more")
+    guess = None if draft_bits is None else draft(model, draft_bits)
     if chat:
         if not getattr(tokenizer, "chat_template", None):
             raise InputError("the tokenizer of this model has no chat template: leave out --chat")
@@ -70,15 +80,35 @@ def generate(
     streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with torch.inference_mode():
-        steps = natively(model, inputs["input_ids"], max_new_tokens, seed is not None)
+        steps = None if guess else natively(model, inputs["input_ids"], max_new_tokens, seed is not None)
         if steps is None:
-            model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=pad, **sampling)  # type: ignore
+            how = sampling | ({"assistant_model": guess} if guess else {})
+            model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=pad, **how)  # type: ignore
         else:
             streamer.put(inputs["input_ids"])
             for token in steps:
                 streamer.put(torch.tensor([token]))
             streamer.end()
     return "".join(pieces)
+
+
+def draft(model: Any, bits: float = 2) -> Any:
+    """The model as it is at a fixed width, whatever it is set to: an `assistant_model` for `generate` of transformers.
+
+    All weights are shared. Raises InputError where no prefix has that width.
+    """
+    budget.checkpoint_of(model).format.depth(bits)
+    forward, made = model.forward, copy.copy(model)
+
+    @wraps(forward)
+    def lower(*args: Any, **kwargs: Any) -> Any:
+        with budget.precision(model, bits, routed=False):
+            return forward(*args, **kwargs)
+
+    made.forward = lower
+    # transformers writes into that of an assistant
+    made.generation_config = copy.deepcopy(model.generation_config)
+    return made
 
 
 def natively(model: Any, tokens: Tensor, count: int, sample: bool) -> Iterator[int] | None:

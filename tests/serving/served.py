@@ -28,7 +28,9 @@ SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4,
 
 
 class Server:
-    """`mobiquant serve` in a process of its own."""
+    """`mobiquant serve` in a process of its own; `key` goes with each call."""
+
+    key = None
 
     def __init__(self, folder, *more, wait=True, **environment):
         with socket.socket() as free:
@@ -70,9 +72,8 @@ class Server:
     def call(self, path, body=None, method=None):
         """Status and what was answered, parsed where it is JSON."""
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        asked = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{path}", data=data, headers={"content-type": "application/json"}, method=method
-        )
+        headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {self.key}"} if self.key else {})
+        asked = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data=data, headers=headers, method=method)
         try:
             with urllib.request.urlopen(asked, timeout=120) as answer:
                 code, text = answer.status, answer.read().decode()

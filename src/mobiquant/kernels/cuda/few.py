@@ -41,7 +41,8 @@ def parameters(pieces: int) -> type[ctypes.Structure]:
 
     class Params(ctypes.Structure):
         _fields_ = [("members", Member * MEMBERS), ("router", Router)] + [(n, address) for n in ("x", "tau", "cap", "read")] \
-            + [(n, whole) for n in ("tokens", "columns", "column_tiles", "groups", "entries", "depths", "parts", "before", "per")]  # fmt: skip
+            + [(n, whole) for n in ("tokens", "columns", "column_tiles", "groups", "entries", "depths", "parts")] \
+            + [(n, whole) for n in ("before", "per")]  # fmt: skip
 
     return Params
 
@@ -94,7 +95,8 @@ class Group:
         p, padded, (warps, _) = self.params, 4 * fours(tokens), SHAPES[fours(tokens)]
         units = p.column_tiles * (64 // min(self.group_size, 64))
         scoring = p.router.hidden * (p.router.scores + 3) + p.router.scores
-        return warps * RING + 2 * tokens * (p.column_tiles * 64 + 64) + units * padded * 8 + (2 * warps * padded * 33 + padded + scoring) * 4
+        floats = 2 * warps * padded * 33 + padded + scoring
+        return warps * RING + 2 * tokens * (p.column_tiles * 64 + 64) + units * padded * 8 + floats * 4
 
     def fits(self) -> int:
         """Tokens that one launch takes: 16, or fewer where shared memory does not hold x of so many, or 0."""
