@@ -7,13 +7,9 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from load import Request, percentile
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
-
-# seconds over which the worst tokens of a moment are taken
-WINDOW = 4.0
 
 
 def page(found: dict[str, Any], rows: Sequence[Any], bursts: Sequence[Any], name: str) -> str:
@@ -56,18 +52,8 @@ def page(found: dict[str, Any], rows: Sequence[Any], bursts: Sequence[Any], name
     return "\n".join(lines) + "\n"
 
 
-def tokens_of(requests: Sequence[Request]) -> tuple[np.ndarray, np.ndarray]:
-    """When each further token came, and seconds since the one before, in order of time."""
-    times, gaps = [], []
-    for one in requests:
-        times += (one.start + one.first + np.cumsum(one.gaps)).tolist()
-        gaps += one.gaps
-    order = np.argsort(times)
-    return np.array(times)[order], np.array(gaps)[order]
-
-
 def draw(bursts: Sequence[Any], about: dict[str, float], path: Path) -> None:
-    """Requests, budgets and slow tokens over time, the servers in one colour each."""
+    """Requests, budgets and what tokens took over time, the servers in one colour each; dashed what was promised."""
     figure, axes = plt.subplots(3, 1, figsize=(9, 8), sharex=True, constrained_layout=True)
     for number, one in enumerate(bursts):
         colour = f"C{number}"
@@ -77,17 +63,16 @@ def draw(bursts: Sequence[Any], about: dict[str, float], path: Path) -> None:
         axes[0].plot(grid, inside, color=colour, label=one.name)
         if one.budgets:
             axes[1].step(*zip(*one.budgets, strict=True), where="post", color=colour, label=one.name)
-        times, gaps = tokens_of([request for request in one.requests if not request.error])
-        worst = [percentile(gaps[(times > at - WINDOW / 2) & (times <= at + WINDOW / 2)].tolist(), 99) * 1e3 for at in grid]
-        axes[2].plot(grid, worst, color=colour, label=one.name)
+        good = [request for request in one.requests if not request.error]
+        middles = [(request.start + request.first + request.end) / 2 for request in good]
+        axes[2].scatter(middles, [request.per_token * 1e3 for request in good], color=colour, s=12, label=one.name)
     axes[2].axhline(about["promise"] * about["unloaded"] * 1e3, color="grey", linestyle="--", linewidth=1)
     axes[2].axhline(about["unloaded"] * 1e3, color="grey", linestyle=":", linewidth=1)
-    for axis, label in zip(
-        axes, ("requests in the server", "average bits", f"p99 of a token in {WINDOW:g} s, ms"), strict=True
-    ):
+    for axis, label in zip(axes, ("requests in the server", "average bits", "ms for each token of a request"), strict=True):
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
+    axes[0].set_xlim(left=0)
     axes[0].legend()
     axes[2].set_xlabel("seconds")
     figure.savefig(path, dpi=130)

@@ -103,6 +103,9 @@ class Kernel:
             self.module = _checked(driver.cuModuleLoadData(_kept(source, f"{name}.cu", options)), "loading a kernel")
             self.memory = LEAST_MEMORY
             self.function = _checked(driver.cuModuleGetFunction(self.module, name.encode()), "loading a kernel")
+            # one split of the first-level cache for all: launches that differ in it do not overlap
+            split = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+            _checked(driver.cuFuncSetAttribute(self.function, split, 100), "asking for shared memory")
 
     def launch(
         self, blocks: int, threads: int, parameters: ctypes.Structure, memory: int = 0, overlap: bool = False
