@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import report
 import stand_in
@@ -56,6 +56,14 @@ class Burst:
     ended: float
     worst: float
     back: float | None
+
+
+def brief(request: Request) -> dict[str, Any]:
+    """A request in four figures and its error: every gap of every token would be most of the file."""
+    first, per_token = round(request.first, 4), round(request.per_token, 5)
+    return {"start": round(request.start, 3), "first": first, "tokens": 1 + len(request.gaps), "per_token": per_token} | (
+        {"error": request.error} if request.error else {}
+    )
 
 
 def row(name: str, rate: float, done: list[Request]) -> Row:
@@ -208,7 +216,7 @@ def serve(
         "command": "python benchmarks/serving " + shlex.join(Path(w).name if "/" in w else w for w in sys.argv[1:]),
         "machine": f"{machine}, {served}, {stand_in_ or folder.name}",
         "lengths": [input_length, output_length], "rows": [asdict(one) for one in rows], "about": about,
-        "bursts": [asdict(one) for one in bursts],
+        "bursts": [asdict(one) | {"requests": [brief(request) for request in one.requests]} for one in bursts],
     }  # fmt: skip
     say(f"written: {report.write(output, name, found, rows, bursts)}")
 

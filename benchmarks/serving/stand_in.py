@@ -73,9 +73,10 @@ def _fill(model: Any, form: Format) -> tuple[dict[str, Any], ...]:
                 buffer.normal_()
         if layer.owner is layer:
             # a slice scores this much lower than the one before
-            layer.router_out_bias[1:] = GAP
-            layer.router_out_bias[0] = torch.rand(()) * GAP
-            levels.append(float(layer.router_out_bias[0]))
+            bias: torch.Tensor = layer.router_out_bias  # type: ignore[assignment]
+            bias[1:] = GAP
+            bias[0] = torch.rand(()) * GAP
+            levels.append(float(bias[0]))
             sizes.append(0.0)
         sizes[-1] += layer.in_features * layer.out_features
     return tuple(_region(cap, form, torch.tensor(levels), torch.tensor(sizes)) for cap in budget.region_caps(form))
