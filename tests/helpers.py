@@ -6,7 +6,9 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -148,3 +150,17 @@ def check_short(path):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno + 1 < 60, f"{path.name}: {node.name}"
+
+
+@contextmanager
+def modules_of(folder, names, monkeypatch):
+    """The module `command` of a benchmark, whose others are found by their bare names meanwhile; those of before come back."""
+    monkeypatch.syspath_prepend(str(folder))
+    before = {name: sys.modules.pop(name, None) for name in names}
+    try:
+        yield import_module("command")
+    finally:
+        for name, module in before.items():
+            sys.modules.pop(name, None)
+            if module is not None:
+                sys.modules[name] = module

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from emulation import emulate, needs_compiler
-from helpers import check_short
+from helpers import check_short, modules_of
 
 HOME = Path(__file__).parent.parent / "benchmarks" / "kernels"
 
@@ -14,16 +14,8 @@ HOME = Path(__file__).parent.parent / "benchmarks" / "kernels"
 @pytest.fixture
 def bench(monkeypatch):
     """The modules of the benchmark."""
-    monkeypatch.syspath_prepend(str(HOME))
-    names = ("shapes", "clock", "layers", "whole", "report", "command")
-    before = {name: sys.modules.pop(name, None) for name in names}
-    import command
-
-    yield command
-    for name, module in before.items():
-        sys.modules.pop(name, None)
-        if module is not None:
-            sys.modules[name] = module
+    with modules_of(HOME, ("shapes", "clock", "layers", "whole", "report", "command"), monkeypatch) as command:
+        yield command
 
 
 @needs_compiler

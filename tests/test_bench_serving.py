@@ -1,12 +1,11 @@
 """The benchmark of serving: what it makes of a client's notes, its page, and the checkpoint of random weights."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from helpers import check_short
+from helpers import check_short, modules_of
 
 import mobiquant
 
@@ -16,16 +15,8 @@ HOME = Path(__file__).parent.parent / "benchmarks" / "serving"
 @pytest.fixture
 def bench(monkeypatch):
     """The modules of the benchmark."""
-    monkeypatch.syspath_prepend(str(HOME))
-    names = ("load", "server", "report", "stand_in", "command")
-    before = {name: sys.modules.pop(name, None) for name in names}
-    import command
-
-    yield command
-    for name, module in before.items():
-        sys.modules.pop(name, None)
-        if module is not None:
-            sys.modules[name] = module
+    with modules_of(HOME, ("load", "server", "report", "stand_in", "command"), monkeypatch) as command:
+        yield command
 
 
 def notes(start, gap, count=4, error=""):
