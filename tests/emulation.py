@@ -25,9 +25,9 @@ DEVICES = [pytest.param("cpu", marks=needs_compiler), pytest.param("cuda", marks
 
 
 class Emulated(compiler.Kernel):
-    """Stands in for `compiler.Kernel`; `seed` draws the order of threads."""
+    """Stands in for `compiler.Kernel`; `seed` draws the order of threads, `late` is what tensors become once launches began."""
 
-    seed = 0
+    seed, late = 0, {}
 
     def __init__(self, name, definitions):
         options = [f"-D{key}={value}" for key, value in definitions]
@@ -51,10 +51,14 @@ class Emulated(compiler.Kernel):
             built = subprocess.run([*words, str(HERE / "emulate.cpp"), "-o", str(new)], capture_output=True, text=True)
             assert built.returncode == 0, built.stderr[-3000:]
             new.replace(library)
-        self.run = ctypes.CDLL(str(library)).run
+        loaded = ctypes.CDLL(str(library))
+        self.run, self.change_late = loaded.run, loaded.change_late
         self.run.argtypes = (ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_ulong, ctypes.c_uint)
+        self.change_late.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_ulong)
 
     def launch(self, blocks, threads, parameters, memory=0, overlap=False):
+        for to, values in Emulated.late.items():
+            self.change_late(to.data_ptr(), values.data_ptr(), values.nbytes)
         if blocks:
             self.run(ctypes.addressof(parameters), blocks, threads, memory, Emulated.seed)
 

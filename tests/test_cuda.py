@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from emulation import DEVICES, emulate, needs_compiler
+from emulation import DEVICES, Emulated, emulate, needs_compiler
 from helpers import normal, random_router, snr_db
 
 from mobiquant import matmul, pack, router
@@ -161,6 +161,43 @@ def test_each_entry_of_a_batch_has_its_threshold_and_cap(device):
     assert depth[:2].tolist() == [3, 3] and depth[4:].tolist() == [1, 1]
     case.check(x, made, depth)
     assert read.sum(1).tolist() == [2, 2, 2] and read[2, 0] == 2
+
+
+# thresholds and caps that a launch sees when it begins, and those that are set by the launch before it
+@pytest.mark.parametrize(("early", "late"), [((SHUT, 1), (SHUT, 3)), ((SHUT, 4), (0.1, 5)), ((0.1, 5), (SHUT, 2))])
+@needs_compiler
+def test_precision_that_changes_while_a_launch_begins_is_the_new_one(early, late, monkeypatch):
+    emulate(monkeypatch, 3)
+    case = Case((96, 200), 328, (2, 1, 1, 2, 2), 64, "cpu")
+    x = case.x(3, torch.float16)
+    tau, cap = torch.tensor([early[0]]), torch.tensor([early[1]])
+    read = torch.zeros(1, 5, dtype=torch.float64)
+    monkeypatch.setattr(Emulated, "late", {tau: torch.tensor([late[0]]), cap: torch.tensor([late[1]])})
+    made = case.group(x, tau, cap, read)
+    monkeypatch.setattr(Emulated, "late", {})
+    wanted = case.group(x, torch.tensor([late[0]]), torch.tensor([late[1]]), torch.zeros_like(read))
+    for y, again in zip(made, wanted, strict=True):
+        assert torch.equal(y, again)
+    if late[0] == SHUT:
+        case.check(x, made, torch.full((3,), late[1]))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_tokens_that_shared_memory_does_not_hold_take_several_launches(device):
+    case = Case((64, 40), 192, (2, 1, 1, 2, 2), 64, device)
+    x = case.x(10, torch.float16)
+    tau, cap = [SHUT, -0.2, 0.1, SHUT, 0.3], [1, 5, 5, 4, 3]
+    together, counted = case.run(x, tau, cap)
+    depth = case.group.depth.clone()
+    case.group.limit = case.group.memory(4)
+    assert case.group.fits() == 4 and case.group.most() == 16
+    apart, again = case.run(x, tau, cap)
+    for y, other in zip(together, apart, strict=True):
+        assert torch.equal(y, other)
+    assert torch.equal(counted, again) and torch.equal(case.group.depth, depth)
+    case.group.limit = 0
+    with pytest.raises(ValueError, match="a call takes 0"):
+        case.run(x, tau, cap)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -4,6 +4,14 @@
 #define FILE_OF(name) TEXT(../../src/mobiquant/kernels/cuda/name.cu)
 #include FILE_OF(KERNEL)
 
+// bytes that change while the next launch has begun, before it has waited for the one before
+extern "C" void change_late(void *to, const void *from, unsigned long bytes) {
+    simt::late = [=, before = simt::late] {
+        if (before) before();
+        std::memcpy(to, from, bytes);
+    };
+}
+
 extern "C" void run(const Params *p, unsigned blocks, unsigned threads, unsigned long memory, unsigned seed) {
     simt::launch(blocks, threads, memory, seed, [=] { KERNEL(*p); });
 }

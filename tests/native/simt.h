@@ -14,6 +14,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "types.h"
@@ -59,6 +60,8 @@ inline Thread *now;
 inline ucontext_t home;
 inline std::function<void()> body;
 inline unsigned blocks;
+inline std::function<void()> late;
+inline u32 state;
 constexpr size_t STACK = 96 << 10;
 
 inline u8 *shared() { return (u8 *)(((uintptr_t)now->block->memory.data() + 63) & ~(uintptr_t)63); }
@@ -157,10 +160,16 @@ inline Two fetch_two(const u8 *from, bool wanted) { Two to = {0, 0}; if (wanted)
 inline u32 fetch_one(const u8 *from, bool wanted) { u32 to = 0; if (wanted) std::memcpy(&to, from, 4); return to; }
 template <class T> inline T load_fresh(const T *from) { return *from; }
 inline void let_next_begin() {}
-inline void wait_for_last() {}
+// what the launch before writes at its very end
+inline void wait_for_last() {
+    if (simt::late) std::exchange(simt::late, nullptr)();
+}
 inline void prefetch(const u8 *, u32) {}
-// copies arrive when they are waited for and not before
-inline void copy_16(u8 *to, const u8 *from) { simt::now->copies.push_back({to, from}); }
+// copies arrive at once or when they are waited for
+inline void copy_16(u8 *to, const u8 *from) {
+    if ((simt::state += 0x9e3779b9u) >> 31) std::memcpy(to, from, 16);
+    simt::now->copies.push_back({to, from});
+}
 inline void copies_end() { simt::now->groups.push_back(simt::now->copies.size()); }
 template <int left> inline void wait_for_copies() {
     auto &groups = simt::now->groups;
