@@ -43,6 +43,7 @@ class Emulated(compiler.Kernel):
                 "-shared",
                 "-fPIC",
                 "-w",
+                "-U_FORTIFY_SOURCE",
                 f"-I{HERE}",
                 f"-I{compiler.HERE}",
                 f"-DKERNEL={name}",

@@ -5,6 +5,7 @@
 
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -50,14 +51,15 @@ struct Thread {
     std::unique_ptr<u8[]> stack;
     Block *block;
     unsigned thread, number;
-    bool ended = false;
+    jmp_buf place;
+    bool begun = false, ended = false;
     std::vector<std::pair<u8 *, const u8 *>> copies;
     std::vector<size_t> groups;
 };
 
 inline std::vector<std::unique_ptr<Thread>> threads;
 inline Thread *now;
-inline ucontext_t home;
+inline jmp_buf home;
 inline std::function<void()> body;
 inline unsigned blocks;
 inline std::function<void()> late;
@@ -66,7 +68,18 @@ constexpr size_t STACK = 96 << 10;
 
 inline u8 *shared() { return (u8 *)(((uintptr_t)now->block->memory.data() + 63) & ~(uintptr_t)63); }
 
-inline void yield() { swapcontext(&now->context, &home); }
+// swapcontext asks the system for signal masks each time; jumps do not
+inline void yield() {
+    if (!_setjmp(now->place)) _longjmp(home, 1);
+}
+
+__attribute__((noinline)) inline void resume(Thread *thread) {
+    now = thread;
+    if (_setjmp(home)) return;
+    if (thread->begun) _longjmp(thread->place, 1);
+    thread->begun = true;
+    setcontext(&thread->context);
+}
 
 inline void entry() {
     body();
@@ -85,7 +98,7 @@ inline void launch(unsigned grid, unsigned per_block, size_t memory, unsigned se
             auto one = std::make_unique<Thread>();
             one->stack.reset(new u8[STACK]), one->block = made[b].get(), one->thread = t, one->number = b;
             getcontext(&one->context);
-            one->context.uc_stack.ss_sp = one->stack.get(), one->context.uc_stack.ss_size = STACK, one->context.uc_link = &home;
+            one->context.uc_stack.ss_sp = one->stack.get(), one->context.uc_stack.ss_size = STACK, one->context.uc_link = nullptr;
             makecontext(&one->context, entry, 0);
             threads.push_back(std::move(one));
         }
@@ -95,10 +108,10 @@ inline void launch(unsigned grid, unsigned per_block, size_t memory, unsigned se
         state = state * 6364136223846793005ull + 1442695040888963407ull;
         const size_t start = (state >> 33) % threads.size(), before = left;
         for (size_t i = 0; i < threads.size(); i++) {
-            now = threads[(start + i) % threads.size()].get();
-            if (now->ended) continue;
-            swapcontext(&home, &now->context);
-            left -= now->ended;
+            Thread *one = threads[(start + i) % threads.size()].get();
+            if (one->ended) continue;
+            resume(one);
+            left -= one->ended;
         }
         idle = left == before ? idle + 1 : 0;
         if (idle > 2000000) std::fprintf(stderr, "threads wait for each other\n"), std::abort();
