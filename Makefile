@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(BIN)/mobiquant demo --output demo-out --overwrite
 
 test: $(VENV)/.tested
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not slow"
 
 # a real vLLM server, in an environment of its own
 SERVING ?= .venv-serving
