@@ -163,17 +163,13 @@ DEVICE void sweep(const Params &p, const Shared &s, Cursor &ahead, int from, boo
     }
 }
 
-template <int first, int depth>
+template <int first>
 DEVICE void sweep_to(int deepest, const Params &p, const Shared &s, Cursor &ahead, int from, bool keep, const Tokens &t, Rows &y, int &turn) {
-    constexpr int last = pieces_to(depth);
-    if constexpr (last > first) {
-        if (deepest == depth) {
-            if (depth == 1 || t.alike) sweep<first, last, false>(p, s, ahead, from, keep, t, y, turn);
-            else sweep<first, last, true>(p, s, ahead, from, keep, t, y, turn);
-            return;
-        }
-    }
-    if constexpr (last < PIECES) sweep_to<first, depth + 1>(deepest, p, s, ahead, from, keep, t, y, turn);
+    at_depth<first>(deepest, [&](auto last) {
+        // tokens that read the base slice alone are all alike
+        if (last.number == pieces_to(1) || t.alike) sweep<first, last.number, false>(p, s, ahead, from, keep, t, y, turn);
+        else sweep<first, last.number, true>(p, s, ahead, from, keep, t, y, turn);
+    });
 }
 
 constexpr float half_a_cell(int bits) { return bits == 8 ? 0.5f : 1 << (7 - (bits < 8 ? bits : 7)); }
@@ -224,7 +220,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER) few(const __grid_cons
     bool routed = is_routed(p, lane);
     int deepest = routed ? 1 : look_up(p, s, t, false, lane);
     Cursor ahead = cursor(p, own, blocks, routed ? own + 1 : tiles, warp, lane);
-    fill_to<0, 1>(deepest, ring, p, ahead, warp, lane);
+    fill_to<0>(deepest, ring, p, ahead, warp, lane);
     if (routed && warp == 0)
         for (int i = 1; i < FIRST_ROWS && own + i * blocks < tiles; i++) prefetch_rows(p, own + i * blocks, 1, lane);
     if (p.router.hidden) prepare_scores(p, s);
@@ -237,11 +233,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER) few(const __grid_cons
     if (now_routed != routed || now_deepest != deepest) {
         wait_for_copies<0>();
         routed = now_routed, deepest = now_deepest, ahead = cursor(p, own, blocks, routed ? own + 1 : tiles, warp, lane);
-        fill_to<0, 1>(deepest, ring, p, ahead, warp, lane);
+        fill_to<0>(deepest, ring, p, ahead, warp, lane);
     }
     if (!routed) {
         if (own == 0 && threadIdx.x < p.tokens) count(p, threadIdx.x, (int)load_fresh(p.cap + entry_of(p, threadIdx.x)));
-        sweep_to<0, 1>(deepest, p, s, ahead, own, false, t, y, turn);
+        sweep_to<0>(deepest, p, s, ahead, own, false, t, y, turn);
         return;
     }
     score(p, s);
@@ -253,12 +249,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER) few(const __grid_cons
     deepest = look_up(p, s, t, true, lane);
     if (deepest > 1) {
         ahead = cursor(p, own, blocks, own + 1, warp, lane);
-        fill_to<pieces_to(1), 2>(deepest, ring, p, ahead, warp, lane);
-        sweep_to<pieces_to(1), 2>(deepest, p, s, ahead, own, true, t, y, turn);
+        fill_to<pieces_to(1)>(deepest, ring, p, ahead, warp, lane);
+        sweep_to<pieces_to(1)>(deepest, p, s, ahead, own, true, t, y, turn);
     }
     ahead = cursor(p, own + blocks, blocks, tiles, warp, lane);
-    fill_to<0, 1>(deepest, ring, p, ahead, warp, lane);
+    fill_to<0>(deepest, ring, p, ahead, warp, lane);
     finish(p, s, y, own, turn ^= 1, warp, lane);
-    sweep_to<0, 1>(deepest, p, s, ahead, own + blocks, false, t, y, turn);
+    sweep_to<0>(deepest, p, s, ahead, own + blocks, false, t, y, turn);
     leave(p);
 }

@@ -19,6 +19,22 @@ constexpr int pieces_to(int depth) {
     return count;
 }
 
+template <int value> struct Constant {
+    static constexpr int number = value;
+};
+
+// `work` with the end of the pieces of slices up to a depth that is known at run time, where these go beyond piece `first`
+template <int first, int depth = 1, class Work> DEVICE void at_depth(int deepest, Work work) {
+    constexpr int last = pieces_to(depth);
+    if constexpr (last > first) {
+        if (deepest == depth) {
+            work(Constant<last>{});
+            return;
+        }
+    }
+    if constexpr (last < PIECES) at_depth<first, depth + 1>(deepest, work);
+}
+
 // four neighbouring codes of a piece, in the bits that are theirs in a code of eight bits: field `place` of a byte, from above
 template <int piece, int place> DEVICE u32 codes(u32 word) {
     constexpr int width = WIDTH[piece], low = 8 - END[piece], left = low - (8 - width * (place + 1));

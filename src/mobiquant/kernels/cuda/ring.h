@@ -8,13 +8,11 @@
 
 constexpr int SCALES = 64, ZEROS = 32;  // bytes of a tile for each half that has a scale of its own
 
+// bytes of the pieces first .. last - 1 of a tile, which is also where piece `last` begins
 template <int first, int last> constexpr int codes_bytes() { return (words_before(last) - words_before(first)) * 128; }
 template <int first, int last> constexpr int tile_bytes() { return codes_bytes<first, last>() + HALVES * (SCALES + ZEROS); }
 // places in the ring
 template <int first, int last> constexpr int places() { return RING / tile_bytes<first, last>(); }
-
-// where a lane's words of a piece begin, from the first piece that the ring holds
-template <int first, int piece> constexpr int piece_at() { return codes_bytes<first, piece>(); }
 
 // The tiles of a warp in their order: columns warp, warp + WARPS, .. of rows from, from + by, .. below to.
 struct Cursor {
@@ -51,7 +49,7 @@ DEVICE Cursor cursor(const Params &p, int from, int by, int to, int warp, int la
 template <int first, int last, int piece = first> DEVICE void copy_pieces(u8 *to, const Member &m, u32 tile, int lane) {
     if constexpr (piece < last) {
         if (lane < 16 * WIDTH[piece])
-            copy_16(to + piece_at<first, piece>() + lane * 16, m.pieces[piece] + ((u64)tile * (256 * WIDTH[piece]) + lane * 16));
+            copy_16(to + codes_bytes<first, piece>() + lane * 16, m.pieces[piece] + ((u64)tile * (256 * WIDTH[piece]) + lane * 16));
         copy_pieces<first, last, piece + 1>(to, m, tile, lane);
     }
 }
@@ -77,22 +75,15 @@ template <int first, int last> DEVICE void fill(u8 *ring, const Params &p, Curso
         copy_next<first, last>(ring + i * tile_bytes<first, last>(), p, at, warp, lane);
 }
 
-template <int first, int depth> DEVICE void fill_to(int deepest, u8 *ring, const Params &p, Cursor &at, int warp, int lane) {
-    constexpr int last = pieces_to(depth);
-    if constexpr (last > first) {
-        if (deepest == depth) {
-            fill<first, last>(ring, p, at, warp, lane);
-            return;
-        }
-    }
-    if constexpr (last < PIECES) fill_to<first, depth + 1>(deepest, ring, p, at, warp, lane);
+template <int first> DEVICE void fill_to(int deepest, u8 *ring, const Params &p, Cursor &at, int warp, int lane) {
+    at_depth<first>(deepest, [&](auto last) { fill<first, last.number>(ring, p, at, warp, lane); });
 }
 
 // a lane's words of all pieces of a tile
 template <int first, int last, int piece = first> DEVICE void take_words(u32 *words, const u8 *from, int lane) {
     if constexpr (piece < last) {
         u32 *to = words + (words_before(piece) - words_before(first));
-        const u8 *own = from + piece_at<first, piece>() + lane * (8 * WIDTH[piece]);
+        const u8 *own = from + codes_bytes<first, piece>() + lane * (8 * WIDTH[piece]);
         if constexpr (WIDTH[piece] == 2) {
             const Four got = *(const Four *)own;
             to[0] = got.x, to[1] = got.y, to[2] = got.z, to[3] = got.w;
