@@ -65,10 +65,10 @@ def test_more_bits_never_raise_the_threshold(slices, one, other, noise):
         assert tau_less >= tau_more or cap_less == 1
 
 
-@pytest.mark.parametrize("bits", [2.1, 2.5, 3, 3.3, 3.9, 4.1, 5, 6, 7.5, 7.9])
+@pytest.mark.parametrize("bits", [2.1, 2.5, 3, 3.3, 3.9, 4.1, 5, 5.9, 7.5, 7.9])
 def test_a_table_straight_on_the_logit_scale_is_met_exactly(bits):
     tau, cap = budget.threshold(bits, FORM, table(FORM))
-    assert cap == (3 if bits <= 4 else 5)
+    assert cap == (3 if bits <= 4 else 4 if bits <= 6 else 5)
     # between rows and beyond the first and last
     assert read_at(tau, FORM, cap) == pytest.approx(bits, abs=1e-6)
 
@@ -80,7 +80,7 @@ def test_rows_are_met_exactly():
 
 
 def test_ends_are_exact():
-    ends = {2: (-INF, 1), 4: (-INF, 3), 8: (-INF, 5)}
+    ends = {2: (-INF, 1), 4: (-INF, 3), 6: (-INF, 4), 8: (-INF, 5)}
     assert {bits: budget.threshold(bits, FORM, table(FORM)) for bits in ends} == ends
     assert budget.threshold(4.0, FORM, table(FORM)[::-1]) == (-INF, 3)
 
@@ -134,6 +134,16 @@ def test_budgets_up_to_4_bits_never_read_deeper(slices):
     for share in (0.01, 0.5, 0.99, 1):
         _, cap = budget.threshold(small[0] + share * (small[-1] - small[0]), form, table(form))
         assert form.widths[cap - 1] == small[-1]
+
+
+@given(slice_lists())
+def test_budgets_above_4_bits_lie_between_two_widths(slices):
+    form = Format(slices=slices)
+    for cap, edges in budget.regions(form):
+        assert edges[-1] == form.widths[cap - 1]
+        assert edges[0] <= 4 or edges == list(form.widths[cap - 2 : cap])
+        _, found = budget.threshold((edges[-2] + edges[-1]) / 2, form, table(form))
+        assert found == cap
 
 
 def test_bad_budgets_are_refused():

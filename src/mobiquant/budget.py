@@ -6,8 +6,9 @@ Between rows the share of the range is interpolated on the logit scale, where it
 leave the range.
 
 Why regions: a budget of 4 bits or less is routed among the slices of 4 bits or less. A load with `max_bits=4` then gives the
-same tokens as a full one, and a device that holds 4 bits serves every budget up to 4. The ends of a region are exact: its
-cap read by every token.
+same tokens as a full one, and a device that holds 4 bits serves every budget up to 4. Above 4 bits there is a region between
+each two widths: the next slice gains so much less than the one before that no token should read it while others lack that one.
+The ends of a region are exact: its cap read by every token.
 """
 
 import math
@@ -25,9 +26,9 @@ MARGIN = 1e-4
 
 
 def region_caps(form: Format) -> list[int]:
-    """Depth caps of the regions, ascending: the deepest prefix of at most 4 bits, if it can be routed, and all slices."""
+    """Depth caps of the regions, ascending: the deepest prefix of at most 4 bits, if it can be routed, and every one above."""
     small = sum(width <= SMALL_LOAD_BITS for width in form.widths)
-    return sorted({small, len(form.slices)} - {0, 1})
+    return list(range(max(small, 2), len(form.slices) + 1))
 
 
 def regions(form: Format) -> Iterator[tuple[int, list[int]]]:

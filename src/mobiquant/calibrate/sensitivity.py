@@ -97,8 +97,8 @@ def offsets(
 ) -> dict[str, Float[Tensor, " R"]]:
     """Log of the gain of a weight relative to that of all layers, of each slice, by the first of the layers of one input.
 
-    Slices of a region of budgets (`budget.regions`) are kept apart from those before: above 4 bits there is little to gain by
-    more slices and much to lose by fewer than 4 bits, and routers that may weigh one against the other lose to fixed depths.
+    Slices of a region of budgets (`budget.regions`) are kept apart from those before: above 4 bits each slice gains much less
+    than the one before, and routers that may weigh one against the other lose to fixed depths.
     """
     every = torch.stack(list(gains.values())).sum(0) / sum(sizes.values())
     depths = torch.arange(2, len(form.slices) + 1)
