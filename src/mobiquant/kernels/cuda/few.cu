@@ -5,13 +5,13 @@
 //
 //     y = 2^(BASE - 8) sum over groups of s (sum_k code_k x_k + (half a cell - first half - zero) sum_k x_k)
 //
-// How. x is taken to 16 bits with a scale for each token and 64 columns, as two planes of signed bytes (`stage.h`)
+// How. x is taken to 16 bits with a scale for each token and group, as two planes of signed bytes (`stage.h`)
 // x = scale (256 high + low): the error is below that of storing y. Products are then whole numbers on the tensor cores, weights
 // being their wide side (m16n8k32), the two planes of up to four tokens their eight columns. A code needs no conversion:
 // shifting and masking a word gives four of them (`pieces.h`).
 //
-// A block owns 32 rows at a time; its warps share out the columns in tiles of 64 and are summed in a fixed order. Tiles are
-// copied to shared memory some ahead (`ring.h`), in the order in which lanes take them (`tiles.py`).
+// A block owns 32 rows at a time; its warps share out the columns in tiles of 64, mostly two at a time, and are summed in a fixed
+// order. Tiles are copied to shared memory some ahead (`ring.h`), in the order in which lanes take them (`tiles.py`).
 //
 // Routing (`score.h`). Some blocks score part of the columns each, all read the base slice of their first rows, which every token
 // needs, then all add up the scores and decide. Slices that no token needs are not fetched.
@@ -29,50 +29,29 @@
 #include "stage.h"
 #include "score.h"
 
-// ---- a tile in registers
+// ---- tiles in registers
 
-template <int first, int last> struct Tile {
-    u32 words[words_before(last) - words_before(first)];
-    u32 scale[HALVES][2];  // fp16 of four rows
-    u32 zero[HALVES];      // bytes of four rows
-};
-
-template <int first, int last> DEVICE void take(Tile<first, last> &tile, const u8 *from, int lane) {
-    take_words<first, last>(tile.words, from, lane);
-#pragma unroll
-    for (int h = 0; h < HALVES; h++) {
-        const u8 *half = from + codes_bytes<first, last>() + h * (SCALES + ZEROS);
-        const Two scale = *(const Two *)(half + lane / 4 * 8);
-        tile.scale[h][0] = scale.x, tile.scale[h][1] = scale.y;
-        if (first == 0) tile.zero[h] = *(const u32 *)(half + SCALES + lane / 4 * 4);
-    }
-}
-
-// pieces `piece` .. `end` - 1 together, for the tokens that read them
-template <int piece, int end, int m, int f, int first, int last>
-DEVICE void add_step(Sums &sums, const Tile<first, last> &tile, const Inputs &in, const int (&depth)[NT], bool all) {
-    const u32 a[4] = {fragment<first, piece, end, m, f, 0>(tile.words), fragment<first, piece, end, m, f, 1>(tile.words),
-                      fragment<first, piece, end, m, f, 2>(tile.words), fragment<first, piece, end, m, f, 3>(tile.words)};
+// pieces `piece` .. `end` - 1 together of 32 columns, for the tokens that read them
+template <int piece, int end, int first, int f>
+DEVICE void add_step(Sums &sums, const u32 *words, const Inputs &in, const int (&depth)[NT], bool all) {
+    const u32 upper[4] = {fragment<first, piece, end, 0, f, 0>(words), fragment<first, piece, end, 0, f, 1>(words),
+                          fragment<first, piece, end, 0, f, 2>(words), fragment<first, piece, end, 0, f, 3>(words)};
+    const u32 lower[4] = {fragment<first, piece, end, 1, f, 0>(words), fragment<first, piece, end, 1, f, 1>(words),
+                          fragment<first, piece, end, 1, f, 2>(words), fragment<first, piece, end, 1, f, 3>(words)};
 #pragma unroll
     for (int c = 0; c < NT; c++) {
         const bool reads = all || depth[c] >= DEPTH[piece];
-        multiply_codes(sums[HALVES == 2 ? f : 0][m][c], a, reads ? in.v[c][f][0] : 0, reads ? in.v[c][f][1] : 0);
+        const u32 x[2] = {reads ? in.v[c][f][0] : 0, reads ? in.v[c][f][1] : 0};
+        multiply_codes(sums[0][c], upper, x[0], x[1]);
+        multiply_codes(sums[1][c], lower, x[0], x[1]);
     }
 }
 
-template <int piece, int end, int first, int last>
-DEVICE void add_pieces(Sums &sums, const Tile<first, last> &tile, const Inputs &in, const int (&depth)[NT], bool all) {
-    add_step<piece, end, 0, 0>(sums, tile, in, depth, all);
-    add_step<piece, end, 0, 1>(sums, tile, in, depth, all);
-    add_step<piece, end, 1, 0>(sums, tile, in, depth, all);
-    add_step<piece, end, 1, 1>(sums, tile, in, depth, all);
-}
-
-template <int piece, int first, int last>
-DEVICE void add_apart(Sums &sums, const Tile<first, last> &tile, const Inputs &in, const int (&depth)[NT]) {
+// the same for each piece apart
+template <int piece, int first, int last, int f> DEVICE void add_apart(Sums &sums, const u32 *words, const Inputs &in, const int (&depth)[NT]) {
     if constexpr (piece < last) {
-        add_pieces<piece, piece + 1>(sums, tile, in, depth, false);
-        add_apart<piece + 1>(sums, tile, in, depth);
+        add_step<piece, piece + 1, first, f>(sums, words, in, depth, false);
+        add_apart<piece + 1, first, last, f>(sums, words, in, depth);
     }
 }
 
@@ -83,29 +62,53 @@ struct Tokens {
     bool alike;
 };
 
+// the sums of a group's codes with x, in what its scale makes of them
+DEVICE void add_group(Rows &y, const Sums &sums, const u8 *group, const Pair *x, bool with_zero, bool begins, int lane, const Tokens &t) {
+    const Two scales = *(const Two *)(group + lane / 4 * 8);
+    const u32 zeros = with_zero ? *(const u32 *)(group + SCALES + lane / 4 * 4) : 0;
+#pragma unroll
+    for (int c = 0; c < NT; c++) {
+        const Pair of = x[c * 4 + lane % 4];
+        const float sum_x = begins ? of.y : 0, more = t.offset[c] * sum_x;
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            const int *sum = sums[r / 2][c] + r % 2 * 2;
+            float part = fmaf((float)(sum[0] * 256 + sum[1]), of.x, more);
+            if (with_zero) part = fmaf(-(float)(zeros >> (8 * r) & 255), sum_x, part);
+            y[r][c] = fmaf(from_fp16((u16)((r / 2 ? scales.y : scales.x) >> (16 * (r % 2)))), part, y[r][c]);
+        }
+    }
+}
+
+// pieces first .. last - 1 of the tiles of a place, of which the first is `column_tile`
 template <int first, int last, bool apart>
-DEVICE void add_tile(Rows &y, const u8 *from, const Params &p, const Shared &s, int column_tile, int lane, const Tokens &t) {
-    Tile<first, last> tile;
-    take(tile, from, lane);
-    Inputs in;
-    load_inputs(in, p, s, column_tile, lane);
-    Sums sums = {};
-    if constexpr (apart) add_apart<first>(sums, tile, in, t.column);
-    else add_pieces<first, last>(sums, tile, in, t.column, true);
+DEVICE void add_place(Rows &y, const u8 *place, const Params &p, const Shared &s, int column_tile, int lane, const Tokens &t) {
+    using Own = PlaceOf<first, last>;
+    constexpr int steps = 2 * Own::TILES / Own::GROUPS;  // of 32 columns in a group, or what there is of it
+    u32 words[Own::TILES][words_before(last) - words_before(first)];
+    Inputs in[Own::TILES];
 #pragma unroll
-    for (int h = 0; h < HALVES; h++) {
+    for (int i = 0; i < Own::TILES; i++) {
+        take_words<first, last, Own::TILES>(words[i], place, i, lane);
+        load_inputs(in[i], p, s, column_tile + i, lane);
+    }
+    const bool begins = Own::TILES * 64 >= GROUP || column_tile * 64 % GROUP == 0;
 #pragma unroll
-        for (int c = 0; c < NT; c++) {
-            const Pair x = s.units[(column_tile * HALVES + h) * TOKENS + c * 4 + lane % 4];
-            const float more = t.offset[c] * x.y;
+    for (int g = 0; g < Own::GROUPS; g++) {
+        Sums sums = {};
 #pragma unroll
-            for (int r = 0; r < 4; r++) {
-                const int *sum = sums[h][r / 2][c] + r % 2 * 2;
-                float part = fmaf((float)(sum[0] * 256 + sum[1]), x.x, more);
-                if (first == 0) part = fmaf(-(float)(tile.zero[h] >> (8 * r) & 255), x.y, part);
-                y[r][c] = fmaf(from_fp16((u16)(tile.scale[h][r / 2] >> (16 * (r % 2)))), part, y[r][c]);
+        for (int i = g * steps; i < (g + 1) * steps; i++) {
+            const u32 *own = words[i / 2];
+            if constexpr (apart) {
+                if (i % 2) add_apart<first, first, last, 1>(sums, own, in[i / 2], t.column);
+                else add_apart<first, first, last, 0>(sums, own, in[i / 2], t.column);
+            } else {
+                if (i % 2) add_step<first, last, first, 1>(sums, own, in[i / 2], t.column, true);
+                else add_step<first, last, first, 0>(sums, own, in[i / 2], t.column, true);
             }
         }
+        const Pair *x = s.groups + (column_tile * 64 / GROUP + g) * TOKENS;
+        add_group(y, sums, place + Own::SCALES_AT + g * (SCALES + ZEROS), x, first == 0, begins, lane, t);
     }
 }
 
@@ -146,17 +149,18 @@ DEVICE void prefetch_rows(const Params &p, int row_tile, int depth, int lane) {
 // cursor names. The sums are stored at the end of each 32 rows, unless `keep`, which is for one turn.
 template <int first, int last, bool apart>
 DEVICE void sweep(const Params &p, const Shared &s, Cursor &ahead, int from, bool keep, const Tokens &t, Rows &y, int &turn) {
-    constexpr int bytes = tile_bytes<first, last>(), end = places<first, last>() * bytes;
+    using Own = PlaceOf<first, last>;
+    constexpr int bytes = Own::BYTES, end = places<first, last>() * bytes;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     u8 *ring = s.ring + warp * RING;
     int place = 0;
     for (int row_tile = from; row_tile < ahead.to; row_tile += ahead.by) {
 #pragma unroll 1
-        for (int column_tile = warp; column_tile < p.column_tiles; column_tile += WARPS) {
+        for (int column_tile = warp * Own::TILES; column_tile < p.column_tiles; column_tile += WARPS * Own::TILES) {
             wait_for_copies<end / bytes - 2>();
-            warp_sync();  // it is here for all lanes, and all are done with the tile before, whose place is free
+            warp_sync();  // it is here for all lanes, and all are done with the one before, whose place is free
             copy_next<first, last>(ring + (place ? place : end) - bytes, p, ahead, warp, lane);
-            add_tile<first, last, apart>(y, ring + place, p, s, column_tile, lane, t);
+            add_place<first, last, apart>(y, ring + place, p, s, column_tile, lane, t);
             place = place + bytes == end ? 0 : place + bytes;
         }
         if (!keep) finish(p, s, y, row_tile, turn ^= 1, warp, lane);
@@ -219,20 +223,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER) few(const __grid_cons
     // Before the launch before has ended: weights do not depend on it, and what thresholds say by now is a guess of what is wanted
     bool routed = is_routed(p, lane);
     int deepest = routed ? 1 : look_up(p, s, t, false, lane);
-    Cursor ahead = cursor(p, own, blocks, routed ? own + 1 : tiles, warp, lane);
+    Cursor ahead = {own, blocks, routed ? own + 1 : tiles};
     fill_to<0>(deepest, ring, p, ahead, warp, lane);
     if (routed && warp == 0)
         for (int i = 1; i < FIRST_ROWS && own + i * blocks < tiles; i++) prefetch_rows(p, own + i * blocks, 1, lane);
     if (p.router.hidden) prepare_scores(p, s);
     let_next_begin();
     wait_for_last();
-    stage(p, s);
+    bool now_routed;
+    int now_deepest;
+    stage(p, s, [&] { now_deepest = (now_routed = is_routed(p, lane)) ? 1 : look_up(p, s, t, false, lane); });
     __syncthreads();
-    const bool now_routed = is_routed(p, lane);
-    const int now_deepest = now_routed ? 1 : look_up(p, s, t, false, lane);
     if (now_routed != routed || now_deepest != deepest) {
         wait_for_copies<0>();
-        routed = now_routed, deepest = now_deepest, ahead = cursor(p, own, blocks, routed ? own + 1 : tiles, warp, lane);
+        routed = now_routed, deepest = now_deepest, ahead = {own, blocks, routed ? own + 1 : tiles};
         fill_to<0>(deepest, ring, p, ahead, warp, lane);
     }
     if (!routed) {
@@ -248,11 +252,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER) few(const __grid_cons
     decide(p, s);
     deepest = look_up(p, s, t, true, lane);
     if (deepest > 1) {
-        ahead = cursor(p, own, blocks, own + 1, warp, lane);
+        ahead = {own, blocks, own + 1};
         fill_to<pieces_to(1)>(deepest, ring, p, ahead, warp, lane);
         sweep_to<pieces_to(1)>(deepest, p, s, ahead, own, true, t, y, turn);
     }
-    ahead = cursor(p, own + blocks, blocks, tiles, warp, lane);
+    ahead = {own + blocks, blocks, tiles};
     fill_to<0>(deepest, ring, p, ahead, warp, lane);
     finish(p, s, y, own, turn ^= 1, warp, lane);
     sweep_to<0>(deepest, p, s, ahead, own + blocks, false, t, y, turn);

@@ -13,7 +13,7 @@ from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 
 from mobiquant.kernels.cuda import compiler
-from mobiquant.kernels.cuda.tiles import LANES, RouterTiles, Tiles, definitions
+from mobiquant.kernels.cuda.tiles import COLUMNS, LANES, RouterTiles, Tiles, definitions
 
 MEMBERS, MOST = 4, 16
 # warps of a block by fours of tokens, and blocks for which a processor has registers: the next launch begins beside this one
@@ -90,13 +90,13 @@ class Group:
             p.router.hidden, p.router.scores = hidden, stored.out.shape[0]
 
     def memory(self, tokens: int) -> int:
-        """Bytes of shared memory for so many tokens: tiles on their way, x in bytes, scale and sum of x in each unit, sums of
+        """Bytes of shared memory for so many tokens: tiles on their way, x in bytes, scale and sum of x in each group, sums of
         warps, twice, depths, and the router but for its first matrix."""
         p, padded, (warps, _) = self.params, 4 * fours(tokens), SHAPES[fours(tokens)]
-        units = p.column_tiles * (64 // min(self.group_size, 64))
+        columns = -(-p.column_tiles // 2) * 2 * COLUMNS
         scoring = p.router.hidden * (p.router.scores + 3) + p.router.scores
         floats = 2 * warps * padded * 33 + padded + scoring
-        return warps * RING + 2 * tokens * (p.column_tiles * 64 + 64) + units * padded * 8 + floats * 4
+        return warps * RING + 2 * tokens * (columns + 64) + columns // self.group_size * padded * 8 + floats * 4
 
     def fits(self) -> int:
         """Tokens that one launch takes: 16, or fewer where shared memory does not hold x of so many, or 0."""

@@ -3,8 +3,9 @@
 #pragma once
 
 constexpr int TOKENS = 4 * NT, MEMBERS = 4, MOST_HIDDEN = 128, HIDDEN_TILE = 32;
-// columns of x that share a scale: those of a tile, or of a group where that is smaller
-constexpr int UNIT = GROUP < 64 ? GROUP : 64, HALVES = 64 / UNIT, THREADS = WARPS * 32, STRIDE = 33;
+constexpr int THREADS = WARPS * 32, STRIDE = 33;
+// x is there for whole groups of the widest kind: two tiles
+constexpr int PANEL = 128;
 // bytes from one column of x to the next: 64 more than the columns, so that two columns lie in different banks
 constexpr int BESIDE = 64;
 constexpr float STEPS = 32512;
@@ -63,18 +64,19 @@ DEVICE int row_tiles_of(const Params &p) {
 // the entry of thresholds and caps that is a token's
 DEVICE int entry_of(const Params &p, int token) { return p.entries == 1 ? 0 : (p.before + token) / p.per; }
 
-// ---- shared memory: tiles on their way to each warp, x in bytes, scale and sum of x of each unit, sums of the warps, twice,
+// ---- shared memory: tiles on their way to each warp, x in bytes, scale and sum of x of each group, sums of the warps, twice,
 // depths of the tokens, and of the router all but its first matrix
 
 struct Shared {
     u8 *ring, *x;
-    Pair *units;
+    Pair *groups;
     float *sums;
     int *depth;
     float *rms, *bias, *weight_scale, *out, *out_bias;
 };
 
-DEVICE int x_stride(const Params &p) { return p.column_tiles * 64 + BESIDE; }
+DEVICE int panels_of(const Params &p) { return (p.column_tiles + 1) / 2; }
+DEVICE int x_stride(const Params &p) { return panels_of(p) * PANEL + BESIDE; }
 
 constexpr int SUMS = WARPS * TOKENS * STRIDE;
 
@@ -82,8 +84,8 @@ DEVICE Shared carve(u8 *memory, const Params &p) {
     Shared s;
     s.ring = memory;
     s.x = memory + WARPS * RING;
-    s.units = (Pair *)(s.x + 2 * p.tokens * x_stride(p));
-    s.sums = (float *)(s.units + p.column_tiles * HALVES * TOKENS);
+    s.groups = (Pair *)(s.x + 2 * p.tokens * x_stride(p));
+    s.sums = (float *)(s.groups + panels_of(p) * (PANEL / GROUP) * TOKENS);
     s.depth = (int *)(s.sums + 2 * SUMS);
     s.rms = (float *)(s.depth + TOKENS);
     s.bias = s.rms + p.router.hidden, s.weight_scale = s.bias + p.router.hidden;

@@ -6,84 +6,93 @@
 
 #pragma once
 
-constexpr int SCALES = 64, ZEROS = 32;  // bytes of a tile for each half that has a scale of its own
+constexpr int SCALES = 64, ZEROS = 32;  // bytes of a group of 32 rows
 
-// bytes of the pieces first .. last - 1 of a tile, which is also where piece `last` begins
+// bytes of the pieces first .. last - 1 of a tile
 template <int first, int last> constexpr int codes_bytes() { return (words_before(last) - words_before(first)) * 128; }
-template <int first, int last> constexpr int tile_bytes() { return codes_bytes<first, last>() + HALVES * (SCALES + ZEROS); }
-// places in the ring
-template <int first, int last> constexpr int places() { return RING / tile_bytes<first, last>(); }
 
-// The tiles of a warp in their order: columns warp, warp + WARPS, .. of rows from, from + by, .. below to.
+// What the ring holds in each of its places: two neighbouring tiles where two such places fit, so that a group of 128 is one sum,
+// else one. The pieces come one after another, each with all its tiles, then scales and zero points of each group.
+template <int first, int last, int tiles> struct Place {
+    static constexpr int TILES = tiles, GROUPS = tiles * 64 > GROUP ? tiles * 64 / GROUP : 1;
+    static constexpr int SCALES_AT = tiles * codes_bytes<first, last>(), BYTES = SCALES_AT + GROUPS * (SCALES + ZEROS);
+};
+template <int first, int last> constexpr int tiles_of_place() { return 2 * Place<first, last, 2>::BYTES <= RING ? 2 : 1; }
+template <int first, int last> using PlaceOf = Place<first, last, tiles_of_place<first, last>()>;
+template <int first, int last> constexpr int places() { return RING / PlaceOf<first, last>::BYTES; }
+
+// The tiles of a warp in their order: places warp, warp + WARPS, .. of rows row_tile, row_tile + by, .. below to.
 struct Cursor {
-    int row_tile, column_tile, by, to;
-    int member;      // of the rows
-    u32 tile;        // counted from the first of the member
-    const u8 *more;  // 16 bytes of scales or zero points that are this lane's part of the tile, if any
+    int row_tile, by, to;
+    int column_tile = 0;
+    int member = 0;           // of the rows
+    u32 tile = 0;             // counted from the first of the member
+    const u8 *more = nullptr; // 16 bytes of scales or zero points that are this lane's part of the place, if any
 };
 
-// lanes that fetch scales and zero points of a tile: eight for each half, of which four and two do
+// lanes that fetch scales and zero points of a place: eight for each group, of which four and two do
 DEVICE bool is_zero_point(int lane) { return lane % 8 >= 4; }
 
 // work out where the tiles of the cursor's rows lie
-DEVICE void enter_rows(Cursor &at, const Params &p, int warp, int lane) {
-    at.column_tile = warp;
-    if (at.row_tile >= at.to || warp >= p.column_tiles) {
+template <int tiles> DEVICE void enter_rows(Cursor &at, const Params &p, int warp, int lane) {
+    at.column_tile = warp * tiles;
+    if (at.row_tile >= at.to || at.column_tile >= p.column_tiles) {
         at.row_tile = at.to;
         return;
     }
     int row_tile = at.row_tile;
     at.member = &member_of(p, row_tile) - p.members;
-    at.tile = row_tile * p.column_tiles + warp;
+    at.tile = row_tile * p.column_tiles + at.column_tile;
     const Member &m = p.members[at.member];
-    const u64 group = (u64)row_tile * p.groups + (warp * 64 + lane / 8 * 32) / GROUP;
+    const u64 group = (u64)row_tile * p.groups + at.column_tile * 64 / GROUP + lane / 8;
     at.more = is_zero_point(lane) ? m.zero + group * ZEROS + lane % 4 * 16 : m.scale + group * SCALES + lane % 4 * 16;
 }
 
-DEVICE Cursor cursor(const Params &p, int from, int by, int to, int warp, int lane) {
-    Cursor at = {from, warp, by, to, 0, 0, 0};
-    enter_rows(at, p, warp, lane);
-    return at;
-}
-
-template <int first, int last, int piece = first> DEVICE void copy_pieces(u8 *to, const Member &m, u32 tile, int lane) {
+// `count` tiles of each piece, of which there are so many
+template <int first, int last, int tiles, int piece = first> DEVICE void copy_pieces(u8 *to, const Member &m, u32 tile, int count, int lane) {
     if constexpr (piece < last) {
-        if (lane < 16 * WIDTH[piece])
-            copy_16(to + codes_bytes<first, piece>() + lane * 16, m.pieces[piece] + ((u64)tile * (256 * WIDTH[piece]) + lane * 16));
-        copy_pieces<first, last, piece + 1>(to, m, tile, lane);
+        const u8 *from = m.pieces[piece] + ((u64)tile * (256 * WIDTH[piece]) + lane * 16);
+#pragma unroll
+        for (int i = 0; i < tiles * 16 * WIDTH[piece]; i += 32)
+            if (i + lane < count * 16 * WIDTH[piece]) copy_16(to + tiles * codes_bytes<first, piece>() + (i + lane) * 16, from + i * 16);
+        copy_pieces<first, last, tiles, piece + 1>(to, m, tile, count, lane);
     }
 }
 
-// start the copies of the cursor's tile, if there is one, and move on; counts as a group of copies in any case
+// start the copies of the cursor's place, if there is one, and move on; counts as a group of copies in any case
 template <int first, int last> DEVICE void copy_next(u8 *to, const Params &p, Cursor &at, int warp, int lane) {
-    static_assert(WARPS * 64 % GROUP == 0, "a warp moves on by whole groups");
+    using Own = PlaceOf<first, last>;
+    constexpr int step = WARPS * Own::TILES;
+    static_assert(step * 64 % GROUP == 0, "a warp moves on by whole groups");
     if (at.row_tile < at.to) {
-        copy_pieces<first, last>(to, p.members[at.member], at.tile, lane);
-        if (lane < HALVES * 8 && lane % 8 < (first == 0 ? 6 : 4))
-            copy_16(to + codes_bytes<first, last>() + lane / 8 * (SCALES + ZEROS) + lane % 8 * 16, at.more);
-        at.tile += WARPS, at.column_tile += WARPS, at.more += WARPS * 64 / GROUP * (is_zero_point(lane) ? ZEROS : SCALES);
-        if (at.column_tile >= p.column_tiles) at.row_tile += at.by, enter_rows(at, p, warp, lane);
+        const int left = p.column_tiles - at.column_tile;
+        copy_pieces<first, last, Own::TILES>(to, p.members[at.member], at.tile, left < Own::TILES ? left : Own::TILES, lane);
+        if (lane < Own::GROUPS * 8 && lane % 8 < (first == 0 ? 6 : 4))
+            copy_16(to + Own::SCALES_AT + lane / 8 * (SCALES + ZEROS) + lane % 8 * 16, at.more);
+        at.tile += step, at.column_tile += step, at.more += step * 64 / GROUP * (is_zero_point(lane) ? ZEROS : SCALES);
+        if (at.column_tile >= p.column_tiles) at.row_tile += at.by, enter_rows<Own::TILES>(at, p, warp, lane);
     }
     copies_end();
 }
 
-// fill all places but one
+// fill all places but one from the start of the cursor's rows
 template <int first, int last> DEVICE void fill(u8 *ring, const Params &p, Cursor &at, int warp, int lane) {
+    using Own = PlaceOf<first, last>;
+    enter_rows<Own::TILES>(at, p, warp, lane);
     warp_sync();  // what lay there has been read by all lanes
 #pragma unroll 1
-    for (int i = 0; i < places<first, last>() - 1; i++)
-        copy_next<first, last>(ring + i * tile_bytes<first, last>(), p, at, warp, lane);
+    for (int i = 0; i < places<first, last>() - 1; i++) copy_next<first, last>(ring + i * Own::BYTES, p, at, warp, lane);
 }
 
 template <int first> DEVICE void fill_to(int deepest, u8 *ring, const Params &p, Cursor &at, int warp, int lane) {
     at_depth<first>(deepest, [&](auto last) { fill<first, last.number>(ring, p, at, warp, lane); });
 }
 
-// a lane's words of all pieces of a tile
-template <int first, int last, int piece = first> DEVICE void take_words(u32 *words, const u8 *from, int lane) {
+// a lane's words of all pieces of one of a place's tiles
+template <int first, int last, int tiles, int piece = first> DEVICE void take_words(u32 *words, const u8 *place, int tile, int lane) {
     if constexpr (piece < last) {
         u32 *to = words + (words_before(piece) - words_before(first));
-        const u8 *own = from + codes_bytes<first, piece>() + lane * (8 * WIDTH[piece]);
+        const u8 *own = place + tiles * codes_bytes<first, piece>() + (tile * 32 + lane) * (8 * WIDTH[piece]);
         if constexpr (WIDTH[piece] == 2) {
             const Four got = *(const Four *)own;
             to[0] = got.x, to[1] = got.y, to[2] = got.z, to[3] = got.w;
@@ -91,6 +100,6 @@ template <int first, int last, int piece = first> DEVICE void take_words(u32 *wo
             const Two got = *(const Two *)own;
             to[0] = got.x, to[1] = got.y;
         }
-        take_words<first, last, piece + 1>(words, from, lane);
+        take_words<first, last, tiles, piece + 1>(words, place, tile, lane);
     }
 }

@@ -16,25 +16,30 @@ DEVICE void score_part(const Params &p, const Shared &s, int block) {
             const u8 *from = r.weight + ((u64)hidden_tile * p.column_tiles + tile) * 2048 + lane * 16;
             Inputs in;
             load_inputs(in, p, s, tile, lane);
-            Sums sums = {};
+            constexpr int groups = GROUP < 64 ? 64 / GROUP : 1;
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const Four four = fetch_four(from + i * 512, true);
-                const u32 a[4] = {four.x, four.y, four.z, four.w};
+            for (int g = 0; g < groups; g++) {
+                Sums sums = {};
 #pragma unroll
-                for (int c = 0; c < NT; c++) multiply_bytes(sums[HALVES == 2 ? i % 2 : 0][i / 2][c], a, in.v[c][i % 2][0], in.v[c][i % 2][1]);
-            }
+                for (int i = 0; i < 4; i++) {
+                    if (i % groups != g) continue;
+                    const Four four = fetch_four(from + i * 512, true);
+                    const u32 a[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-            for (int c = 0; c < NT; c++) {
+                    for (int c = 0; c < NT; c++) multiply_bytes(sums[i / 2][c], a, in.v[c][i % 2][0], in.v[c][i % 2][1]);
+                }
 #pragma unroll
-                for (int h = 0; h < HALVES; h++) {
-                    const Pair x = s.units[(tile * HALVES + h) * TOKENS + c * 4 + lane % 4];
+                for (int c = 0; c < NT; c++) {
+                    const Pair x = s.groups[(tile * 64 / GROUP + g) * TOKENS + c * 4 + lane % 4];
 #pragma unroll
                     for (int row = 0; row < 4; row++) {
-                        const int *sum = sums[h][row / 2][c] + row % 2 * 2;
+                        const int *sum = sums[row / 2][c] + row % 2 * 2;
                         y[row][c] = fmaf((float)(sum[0] * 256 + sum[1]), x.x, y[row][c]);
                     }
                 }
+            }
+#pragma unroll
+            for (int c = 0; c < NT; c++) {
                 const int token = c * 4 + lane / 8, column = tile * 64 + lane % 8 * 8;
                 if (hidden_tile == 0 && token < p.tokens && column < p.columns) {
                     const Four four = load_fresh((const Four *)(p.x + (u64)token * p.columns + column));

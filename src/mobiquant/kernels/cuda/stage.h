@@ -5,65 +5,94 @@
 // where the eight bytes of columns 8 n .. 8 n + 7 lie in a column of x: the two steps of a tile side by side for each lane
 DEVICE int place_of_eight(int n) { return n / 8 * 64 + n % 4 * 16 + n / 4 % 2 * 8; }
 
-// x to two planes of bytes; a thread takes eight columns, the lanes of a unit agree on its scale
-DEVICE void stage(const Params &p, const Shared &s) {
-    constexpr int lanes = UNIT / 8;
-    const int lane = threadIdx.x % 32, stride = x_stride(p), eights = p.column_tiles * 8;
-    // warps take turns over all tokens
-    for (int first = threadIdx.x - lane, token = 0; token < p.tokens; first += THREADS) {
-        while (first >= eights && token < p.tokens) first -= (eights + 31) / 32 * 32, token++;
-        if (token == p.tokens) break;
-        const int eight = first + lane;
-        Four four = {0, 0, 0, 0};
-        if (eight * 8 < p.columns) four = load_fresh((const Four *)(p.x + (u64)token * p.columns + eight * 8));
-        const u32 twos[4] = {four.x, four.y, four.z, four.w};
-        float v[8];
-        u32 most = 0;
+// Eight columns of a token after others: warps take turns over all tokens.
+struct Eight {
+    int eight, token;
+};
+
+DEVICE void settle(Eight &at, const Params &p, int lane) {
+    const int all = panels_of(p) * (PANEL / 8);
+    while (at.eight - lane >= all && at.token < p.tokens) at.eight -= (all + 31) / 32 * 32, at.token++;
+}
+
+DEVICE Four load_eight(Eight &next, const Params &p, int lane) {
+    Four four = {0, 0, 0, 0};
+    settle(next, p, lane);
+    if (next.token < p.tokens && next.eight * 8 < p.columns)
+        four = load_fresh((const Four *)(p.x + (u64)next.token * p.columns + next.eight * 8));
+    next.eight += THREADS;
+    return four;
+}
+
+// eight columns to bytes; the lanes of a group agree on its scale
+DEVICE void stage_eight(const Params &p, const Shared &s, const Four &four, int eight, int token) {
+    constexpr int lanes = GROUP / 8;
+    const u32 twos[4] = {four.x, four.y, four.z, four.w};
+    float v[8];
+    u32 most = 0;
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            v[i] = wide((u16)(twos[i / 2] >> (16 * (i % 2))));
-            const u32 size = __float_as_uint(v[i]) & 0x7fffffffu;  // in this order NaN is the largest
-            most = most > size ? most : size;
+    for (int i = 0; i < 8; i++) {
+        v[i] = wide((u16)(twos[i / 2] >> (16 * (i % 2))));
+        const u32 size = __float_as_uint(v[i]) & 0x7fffffffu;  // in this order NaN is the largest
+        most = most > size ? most : size;
+    }
+#pragma unroll
+    for (int by = 1; by < lanes; by *= 2) {
+        const u32 other = shuffle_xor(most, by);
+        most = most > other ? most : other;
+    }
+    const float largest = __uint_as_float(most), scale = largest < 1e-33f ? 0 : largest / STEPS;
+    const float inverse = largest < 1e-33f ? 0 : STEPS / largest;
+    u32 bits[8];
+    int sum = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        // the nearest whole number in the low bits of a float
+        bits[i] = __float_as_uint(fmaf(v[i], inverse, 12582912.0f));
+        sum += (int)(bits[i] - 0x4b400000u);
+    }
+#pragma unroll
+    for (int by = 1; by < lanes; by *= 2) sum += shuffle_xor(sum, by);
+    if (eight >= panels_of(p) * (PANEL / 8)) return;
+    u8 *high = s.x + (u64)(2 * token) * x_stride(p) + place_of_eight(eight), *low = high + x_stride(p);
+    Two highs, lows;
+    u32 *words[2] = {&highs.x, &highs.y}, *under[2] = {&lows.x, &lows.y};
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        u32 above = 0, below = 0;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const u32 whole = bits[half * 4 + i];
+            below |= (whole & 255) << (8 * i);
+            above |= ((whole + 128) >> 8 & 255) << (8 * i);  // low is signed
         }
+        *words[half] = above, *under[half] = below;
+    }
+    *(Two *)high = highs;
+    *(Two *)low = lows;
+    if (eight % lanes == 0) s.groups[eight / lanes * TOKENS + token] = {scale, scale * (float)sum};
+}
+
+// x to two planes of bytes. Some loads are under way at a time; `meanwhile` is done once the first have been sent.
+template <class Work> DEVICE void stage(const Params &p, const Shared &s, Work meanwhile) {
+    constexpr int ahead = 4;
+    const int lane = threadIdx.x % 32;
+    Eight next = {(int)threadIdx.x, 0}, at = next;
+    Four loaded[ahead];
 #pragma unroll
-        for (int by = 1; by < lanes; by *= 2) {
-            const u32 other = shuffle_xor(most, by);
-            most = most > other ? most : other;
-        }
-        const float largest = __uint_as_float(most), scale = largest < 1e-33f ? 0 : largest / STEPS;
-        const float inverse = largest < 1e-33f ? 0 : STEPS / largest;
-        u32 bits[8];
-        int sum = 0;
+    for (int i = 0; i < ahead; i++) loaded[i] = load_eight(next, p, lane);
+    meanwhile();
+#pragma unroll 1
+    for (settle(at, p, lane); at.token < p.tokens; settle(at, p, lane)) {
+        stage_eight(p, s, loaded[0], at.eight, at.token);
+        at.eight += THREADS;
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            // the nearest whole number in the low bits of a float
-            bits[i] = __float_as_uint(fmaf(v[i], inverse, 12582912.0f));
-            sum += (int)(bits[i] - 0x4b400000u);
-        }
-#pragma unroll
-        for (int by = 1; by < lanes; by *= 2) sum += shuffle_xor(sum, by);
-        if (eight >= eights) continue;
-        u8 *high = s.x + (u64)(2 * token) * stride + place_of_eight(eight), *low = high + stride;
-        Two highs, lows;
-        u32 *words[2] = {&highs.x, &highs.y}, *under[2] = {&lows.x, &lows.y};
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            u32 above = 0, below = 0;
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const u32 whole = bits[half * 4 + i];
-                below |= (whole & 255) << (8 * i);
-                above |= ((whole + 128) >> 8 & 255) << (8 * i);  // low is signed
-            }
-            *words[half] = above, *under[half] = below;
-        }
-        *(Two *)high = highs;
-        *(Two *)low = lows;
-        if (eight % lanes == 0) s.units[eight / lanes * TOKENS + token] = {scale, scale * (float)sum};
+        for (int i = 0; i + 1 < ahead; i++) loaded[i] = loaded[i + 1];
+        loaded[ahead - 1] = load_eight(next, p, lane);
     }
 }
 
-typedef int Sums[HALVES][2][NT][4];
+typedef int Sums[2][NT][4];  // of a group: rows 16 m, tokens in fours
 
 typedef float Rows[4][NT];  // row 16 m + 8 u + lane / 4 at 2 m + u, token 4 c + lane % 4
 

@@ -11,7 +11,8 @@ are counted from the upper end of the byte. The eight columns that a lane has of
 
 Scales and zero points [row tiles, G, 8, 4] lie so that a lane loads those of its four rows at once.
 
-Bytes are those of the planes where rows fill tiles of 32 and columns tiles of 64; the rest is padding, with groups of its own.
+Bytes are those of the planes where rows fill tiles of 32 and columns tiles of 64; the rest is padding. Groups are there for an
+even number of column tiles: the kernels read two at a time.
 """
 
 from collections.abc import Sequence
@@ -136,8 +137,8 @@ def prepare(
             part = min(2, left)
             left -= part
             made.append(lay_out((code >> left) & (2**part - 1), part))
-    # those of the last column tile are there to be read, whether they have columns or not
-    groups = -(-made[0].shape[1] * COLUMNS // group_size)
+    # those of two whole tiles are there to be read, whether they have columns or not
+    groups = -(-made[0].shape[1] // 2) * 2 * COLUMNS // group_size
     return Tiles(made, _by_lane(scale, groups), _by_lane(zero, groups), scale.shape[0], columns, slices, group_size)
 
 
