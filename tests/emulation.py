@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mobiquant import matmul
-from mobiquant.kernels.cuda import compiler, few
+from mobiquant.kernels.cuda import compiler, few, many
 
 HERE = Path(__file__).parent / "native"
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
@@ -75,6 +75,7 @@ def emulate(monkeypatch, seed=0):
     monkeypatch.setattr(compiler, "kernel", kernel)
     monkeypatch.setattr(few, "processors", lambda _: 4)
     monkeypatch.setattr(few, "shared_memory", lambda _: 227 << 10)
+    monkeypatch.setattr(many, "has_warpgroups", lambda _: True)
     monkeypatch.setattr(few, "SHAPES", dict.fromkeys(few.SHAPES, (4, 1)))
     monkeypatch.setattr(Emulated, "seed", seed % 2**31)
     allowed = lambda x: x.dtype in few.DTYPES and not matmul.is_exact()  # noqa: E731

@@ -159,6 +159,7 @@ inline void __syncthreads() {
 }
 inline void __threadfence() { simt::yield(); }
 inline void pause() { simt::yield(); }
+inline void linger() {}
 template <class T, class V> inline T atomicAdd(T *to, V by) {
     const T before = *to;
     *to += by;
@@ -193,7 +194,8 @@ template <int left> inline void wait_for_copies() {
     for (size_t &end : groups) end -= done;
 }
 inline void warp_sync() { const u32 none = 0; simt::meet(&none, 1); }
-inline u32 load_acquire(const u32 *from) { return *from; }
+inline void store_whole(Two *to, Two value) { *to = value; }
+inline Two load_whole(const Two *from) { return *from; }
 
 inline void multiply_codes(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { simt::multiply<false>(c, a, b0, b1); }
 inline void multiply_bytes(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { simt::multiply<true>(c, a, b0, b1); }
@@ -207,7 +209,49 @@ inline u16 to_bf16(float v) {
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
+inline float raised_byte(u32 word, int which) { return __uint_as_float(0x4b000000u | (word >> (8 * which) & 255)); }
 inline float whole_byte(u32 word, int which) { return (float)(word >> (8 * which) & 255); }
+inline u8 *aligned_1024(u8 *shared) { return (u8 *)(((uintptr_t)shared + 1023) & ~(uintptr_t)1023); }
+inline Four load_kept(const Four *from) { return *from; }
+
+// products with a matrix in shared memory are done at once
+inline void show_products() {}
+inline void products_begin() {}
+inline void products_end() {}
+template <int left> inline void wait_for_products() {}
+struct View {
+    const u8 *tile;
+    int step;
+};
+inline View view_of(const u8 *tile, int step) { return {tile, step}; }
+inline float wide_bits(u16 value) { return BF16 ? from_bf16(value) : from_fp16(value); }
+template <int count> inline void multiply_tokens(float (&d)[count], const u32 (&a)[4], View b) {
+    const auto all = simt::meet(a, 4);
+    const int lane = simt::now->thread % 32;
+    for (int i = 0; i < count; i++) {
+        const int row = lane / 4, upper = i / 2 % 2, token = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 16; k++) {
+            const u32 weights = all[row * 4 + k % 8 / 2][upper + k / 8 * 2];
+            const int sixteen = (b.step * 2 + k / 8) ^ (token & 7);
+            u16 x;
+            std::memcpy(&x, b.tile + token * 128 + sixteen * 16 + k % 8 * 2, 2);
+            d[i] += wide_bits((u16)(weights >> (16 * (k % 2)))) * wide_bits(x);
+        }
+    }
+}
+inline void store_turned(u8 *to, u32 a, u32 b, u32 c, u32 d) {
+    const int lane = simt::now->thread % 32;
+    const u64 own = (u64)to;
+    const u32 words[6] = {a, b, c, d, (u32)own, (u32)(own >> 32)};
+    const auto all = simt::meet(words, 6);
+    for (int square = 0; square < 4; square++)
+        for (int e = 0; e < 2; e++) {
+            const int row = lane % 4 * 2 + e, column = lane / 4;
+            const u32 *at = all[square * 8 + row] + 4;
+            const u16 value = words[square] >> (16 * e);
+            std::memcpy((u8 *)((u64)at[1] << 32 | at[0]) + column * 2, &value, 2);
+        }
+}
 inline u32 two_fp16(float low, float high) { return to_fp16(low) | (u32)to_fp16(high) << 16; }
 inline u32 two_bf16(float low, float high) { return to_bf16(low) | (u32)to_bf16(high) << 16; }
 

@@ -17,7 +17,9 @@ import torch
 HERE = Path(__file__).parent
 # shared memory that a kernel may take without asking
 LEAST_MEMORY = 48 << 10
-FOLDER, HEADERS = "MOBIQUANT_CACHE", ("types.h", "device.h", "pieces.h", "launch.h", "ring.h", "stage.h", "score.h")
+# compute capability of the GPUs with products of four warps
+HOPPER = (9, 0)
+FOLDER, HEADERS = "MOBIQUANT_CACHE", ("types.h", "device.h", "pieces.h", "launch.h", "ring.h", "stage.h", "score.h", "warpgroup.h")
 
 
 def cache_folder() -> Path:
@@ -56,7 +58,9 @@ def compile_source(source: str, name: str, options: list[str]) -> bytes:
 def options_for(definitions: Mapping[str, int | str], capability: tuple[int, int]) -> list[str]:
     """The command line of the compiler."""
     defined = [f"-D{key}={value}" for key, value in definitions.items()]
-    return [f"-arch=sm_{capability[0]}{capability[1]}", "-std=c++17", "-default-device", *defined]
+    # with what only this architecture has
+    own = "a" if capability == HOPPER else ""
+    return [f"-arch=sm_{capability[0]}{capability[1]}{own}", "-std=c++17", "-default-device", *defined]
 
 
 def _kept(source: str, name: str, options: list[str]) -> bytes:

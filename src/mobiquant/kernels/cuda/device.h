@@ -38,6 +38,12 @@ DEVICE u32 fetch_one(const u8 *from, bool wanted) {
     return to;
 }
 
+// what is read again soon
+DEVICE Four load_kept(const Four *from) {
+    const uint4 to = __ldg((const uint4 *)from);
+    return {to.x, to.y, to.z, to.w};
+}
+
 // what another block may have written in this launch, or a launch before while this one was waiting for it
 template <class T> DEVICE T load_fresh(const T *from) { return __ldcg(from); }
 DEVICE Four load_fresh(const Four *from) {
@@ -77,13 +83,20 @@ DEVICE void prefetch(const u8 *from, u32 bytes) {
 #endif
 }
 
-DEVICE u32 load_acquire(const u32 *from) {
-    u32 value;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
-    return value;
+// eight bytes that other blocks see as a whole or not at all
+DEVICE void store_whole(Two *to, Two value) {
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"((u64)value.y << 32 | value.x) : "memory");
+}
+DEVICE Two load_whole(const Two *from) {
+    u64 both;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(both) : "l"(from) : "memory");
+    return {(u32)both, (u32)(both >> 32)};
 }
 
 DEVICE void pause() { __nanosleep(20); }
+
+// about two microseconds
+DEVICE void linger() { __nanosleep(2000); }
 
 // sums += a b: 16 rows of 32 codes by 32 rows of 8 columns of signed bytes
 DEVICE void multiply_codes(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
@@ -113,8 +126,11 @@ DEVICE u16 to_fp16(float value) {
 
 DEVICE float from_bf16(u16 value) { return __uint_as_float((u32)value << 16); }
 
-// byte `which` of a word as a number: put under the exponent of 2^23, which is taken off again
-DEVICE float whole_byte(u32 word, int which) { return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440 + which)) - 8388608.0f; }
+// byte `which` of a word and 2^23: the byte put under the exponent
+DEVICE float raised_byte(u32 word, int which) { return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440 + which)); }
+DEVICE float whole_byte(u32 word, int which) { return raised_byte(word, which) - 8388608.0f; }
+
+DEVICE u8 *aligned_1024(u8 *shared) { return shared + (-__cvta_generic_to_shared(shared) & 1023); }
 
 // two numbers, the first in the lower half
 DEVICE u32 two_fp16(float low, float high) {

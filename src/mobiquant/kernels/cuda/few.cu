@@ -186,13 +186,10 @@ DEVICE int bits_at(int depth) {
     return bits;
 }
 
-// depths of the tokens of this lane; returns the deepest of all
-DEVICE int look_up(const Params &p, const Shared &s, Tokens &t, bool routed, int lane) {
+// depths of the tokens of this lane, as decided or as wanted for all; returns the deepest of all
+DEVICE int look_up(const Params &p, const Shared &s, Tokens &t, const int *cap, int lane) {
     int deepest = 0, least = 1 << 10;
-    auto depth_of = [&](int token) {
-        if (token >= p.tokens) return 0;
-        return routed ? s.depth[token] : (int)load_fresh(p.cap + entry_of(p, token));
-    };
+    auto depth_of = [&](int token) { return token >= p.tokens ? 0 : cap ? cap[entry_of(p, token)] : s.depth[token]; };
 #pragma unroll
     for (int c = 0; c < NT; c++) {
         const int own = depth_of(c * 4 + lane % 4);
@@ -207,9 +204,18 @@ DEVICE int look_up(const Params &p, const Shared &s, Tokens &t, bool routed, int
     return deepest;
 }
 
+// take thresholds and caps to shared memory, as they are now
+DEVICE void bring(const Params &p, Wanted &to) {
+    if (threadIdx.x < p.entries) {
+        to.tau[threadIdx.x] = load_fresh(p.tau + threadIdx.x);
+        to.cap[threadIdx.x] = (int)load_fresh(p.cap + threadIdx.x);
+    }
+    if (threadIdx.x == 0) to.number = load_fresh(p.router.state);
+}
+
 // whether any entry leaves its depth to the router
-DEVICE bool is_routed(const Params &p, int lane) {
-    return p.router.hidden && !warp_all(lane >= p.entries || __float_as_uint(load_fresh(p.tau + lane)) == 0xff800000u);
+DEVICE bool is_routed(const Params &p, const Wanted &wanted, int lane) {
+    return p.router.hidden && !warp_all(lane >= p.entries || __float_as_uint(wanted.tau[lane]) == 0xff800000u);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, PER) few(const __grid_constant__ Params p) {
@@ -221,44 +227,54 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER) few(const __grid_cons
     Rows y = {};
     int turn = 0;
     // Before the launch before has ended: weights do not depend on it, and what thresholds say by now is a guess of what is wanted
-    bool routed = is_routed(p, lane);
-    int deepest = routed ? 1 : look_up(p, s, t, false, lane);
-    Cursor ahead = {own, blocks, routed ? own + 1 : tiles};
-    fill_to<0>(deepest, ring, p, ahead, warp, lane);
-    if (routed && warp == 0)
-        for (int i = 1; i < FIRST_ROWS && own + i * blocks < tiles; i++) prefetch_rows(p, own + i * blocks, 1, lane);
-    if (p.router.hidden) prepare_scores(p, s);
+    bring(p, s.wanted[0]);
+    __syncthreads();
+    const bool guess_routed = is_routed(p, s.wanted[0], lane);
+    const int guess = guess_routed ? 1 : look_up(p, s, t, s.wanted[0].cap, lane), after = own + 1 < tiles ? own + 1 : tiles;
+    Cursor ahead = {own, blocks, guess_routed ? after : tiles};
+    fill_to<0>(guess, ring, p, ahead, warp, lane);
+    if (guess_routed) {
+        if (warp == 0)
+            for (int i = 1; i < FIRST_ROWS && own + i * blocks < tiles; i++) prefetch_rows(p, own + i * blocks, 1, lane);
+        prepare_scores(p, s);
+    }
     let_next_begin();
     wait_for_last();
-    bool now_routed;
-    int now_deepest;
-    stage(p, s, [&] { now_deepest = (now_routed = is_routed(p, lane)) ? 1 : look_up(p, s, t, false, lane); });
+    stage(p, s, [&] { bring(p, s.wanted[1]); });
     __syncthreads();
-    if (now_routed != routed || now_deepest != deepest) {
+    const bool routed = is_routed(p, s.wanted[1], lane);
+    int deepest = routed ? 1 : look_up(p, s, t, s.wanted[1].cap, lane);
+    if (routed != guess_routed || deepest != guess) {
         wait_for_copies<0>();
-        routed = now_routed, deepest = now_deepest, ahead = {own, blocks, routed ? own + 1 : tiles};
+        ahead = {own, blocks, routed ? after : tiles};
         fill_to<0>(deepest, ring, p, ahead, warp, lane);
     }
     if (!routed) {
-        if (own == 0 && threadIdx.x < p.tokens) count(p, threadIdx.x, (int)load_fresh(p.cap + entry_of(p, threadIdx.x)));
+        if (own == 0 && threadIdx.x < p.tokens) count(p, threadIdx.x, s.wanted[1].cap[entry_of(p, threadIdx.x)]);
+        // a processor without rows would be given two blocks of the next launch, and would be the last to end
+        if (own >= tiles) linger();
         sweep_to<0>(deepest, p, s, ahead, own, false, t, y, turn);
         return;
     }
+    if (!guess_routed) {
+        prepare_scores(p, s);
+        __syncthreads();
+    }
+    const u32 knew = know_number(p);
     score(p, s);
 #pragma unroll
     for (int c = 0; c < NT; c++) t.column[c] = 1, t.offset[c] = 0;
     sweep<0, pieces_to(1), false>(p, s, ahead, own, true, t, y, turn);
-    await_scores(p);
     decide(p, s);
-    deepest = look_up(p, s, t, true, lane);
+    deepest = look_up(p, s, t, nullptr, lane);
     if (deepest > 1) {
-        ahead = {own, blocks, own + 1};
+        ahead = {own, blocks, after};
         fill_to<pieces_to(1)>(deepest, ring, p, ahead, warp, lane);
         sweep_to<pieces_to(1)>(deepest, p, s, ahead, own, true, t, y, turn);
     }
     ahead = {own + blocks, blocks, tiles};
     fill_to<0>(deepest, ring, p, ahead, warp, lane);
-    finish(p, s, y, own, turn ^= 1, warp, lane);
+    if (own < tiles) finish(p, s, y, own, turn ^= 1, warp, lane);
     sweep_to<0>(deepest, p, s, ahead, own + blocks, false, t, y, turn);
-    leave(p);
+    number_next(p, s, knew);
 }

@@ -16,6 +16,8 @@ from mobiquant.kernels.cuda import compiler
 from mobiquant.kernels.cuda.tiles import COLUMNS, LANES, RouterTiles, Tiles, definitions
 
 MEMBERS, MOST = 4, 16
+# bytes of `Wanted` in `launch.h`, twice
+WANTED = 2 * (8 * MOST + 16)
 # warps of a block by fours of tokens, and blocks for which a processor has registers: the next launch begins beside this one
 SHAPES = {1: (16, 2), 2: (16, 1), 4: (8, 1)}
 # bytes of tiles on their way to a warp: two tiles of eight bits at least
@@ -75,9 +77,10 @@ class Group:
             to.scale, to.zero, to.bias = one.scale.data_ptr(), one.zero.data_ptr(), 0 if bias is None else bias.data_ptr()
             to.rows, to.end = one.rows, end
         hidden = self.router.router.weight.shape[0] if self.router else 0
-        self.state = torch.zeros(2, dtype=torch.int32, device=self.device)
+        # the first launch is number 1: partial sums of number 0 are none
+        self.state = torch.tensor([1, 0], dtype=torch.int32, device=self.device)
         self.depth = torch.zeros(MOST, dtype=torch.int32, device=self.device)
-        self.partial = torch.zeros(p.column_tiles * (hidden + 1) * MOST, device=self.device)
+        self.partial = torch.zeros(p.column_tiles * (hidden + 1) * MOST, 2, dtype=torch.int32, device=self.device)
         p.router.state, p.router.depth, p.router.partial = (t.data_ptr() for t in (self.state, self.depth, self.partial))
         if self.router:
             stored = self.router.router
@@ -91,12 +94,12 @@ class Group:
 
     def memory(self, tokens: int) -> int:
         """Bytes of shared memory for so many tokens: tiles on their way, x in bytes, scale and sum of x in each group, sums of
-        warps, twice, depths, and the router but for its first matrix."""
+        warps, twice, depths, thresholds and caps, and the router but for its first matrix."""
         p, padded, (warps, _) = self.params, 4 * fours(tokens), SHAPES[fours(tokens)]
         columns = -(-p.column_tiles // 2) * 2 * COLUMNS
         scoring = p.router.hidden * (p.router.scores + 3) + p.router.scores
         floats = 2 * warps * padded * 33 + padded + scoring
-        return warps * RING + 2 * tokens * (columns + 64) + columns // self.group_size * padded * 8 + floats * 4
+        return warps * RING + 2 * tokens * (columns + 64) + columns // self.group_size * padded * 8 + floats * 4 + WANTED
 
     def fits(self) -> int:
         """Tokens that one launch takes: 16, or fewer where shared memory does not hold x of so many, or 0."""
@@ -136,7 +139,8 @@ class Group:
     def _launch(self, dtype: torch.dtype, tokens: int) -> None:
         """Run the kernel with the parameters as they are."""
         p, (warps, _) = self.params, SHAPES[fours(tokens)]
-        blocks = min(self.row_tiles, self.processors)
+        # one on each processor, those without rows too: some score, and what each does for the next launch is said in few.cu
+        blocks = self.processors
         # a warp scores one tile of columns, so that few parts are left to add up
         p.parts = min(blocks, -(-p.column_tiles // warps))
         self.kernel(dtype, tokens).launch(blocks, warps * LANES, p, self.memory(tokens), overlap=True)

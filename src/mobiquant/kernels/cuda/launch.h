@@ -30,9 +30,9 @@ struct Router {
     const u16 *weight_scale;      // fp16 [hidden]
     const float *rms, *bias;      // [hidden]
     const float *out, *out_bias;  // [scores, hidden], [scores]
-    float *partial;               // [parts][hidden + 1][TOKENS]
+    Two *partial;                 // a float and the number of its launch [parts][hidden + 1][TOKENS]
     int *depth;                   // [TOKENS], for who wants to know
-    u32 *state;                   // arrived, left: zero between launches
+    u32 *state;                   // launches so far; blocks of this one that know their number, zero between launches
     int hidden, scores;           // no router where hidden is 0
 };
 
@@ -61,17 +61,27 @@ DEVICE int row_tiles_of(const Params &p) {
     return most;
 }
 
+constexpr int ENTRIES = 16;
+
 // the entry of thresholds and caps that is a token's
 DEVICE int entry_of(const Params &p, int token) { return p.entries == 1 ? 0 : (p.before + token) / p.per; }
 
 // ---- shared memory: tiles on their way to each warp, x in bytes, scale and sum of x of each group, sums of the warps, twice,
-// depths of the tokens, and of the router all but its first matrix
+// depths of the tokens, thresholds and caps, and of the router all but its first matrix
+
+// thresholds and caps of all entries, and the number of the launch
+struct Wanted {
+    float tau[ENTRIES];
+    int cap[ENTRIES];
+    u32 number, unused[3];
+};
 
 struct Shared {
     u8 *ring, *x;
     Pair *groups;
     float *sums;
     int *depth;
+    Wanted *wanted;  // as they were before the launch before had ended, and as they are
     float *rms, *bias, *weight_scale, *out, *out_bias;
 };
 
@@ -87,7 +97,8 @@ DEVICE Shared carve(u8 *memory, const Params &p) {
     s.groups = (Pair *)(s.x + 2 * p.tokens * x_stride(p));
     s.sums = (float *)(s.groups + panels_of(p) * (PANEL / GROUP) * TOKENS);
     s.depth = (int *)(s.sums + 2 * SUMS);
-    s.rms = (float *)(s.depth + TOKENS);
+    s.wanted = (Wanted *)(s.depth + TOKENS);
+    s.rms = (float *)(s.wanted + 2);
     s.bias = s.rms + p.router.hidden, s.weight_scale = s.bias + p.router.hidden;
     s.out = s.weight_scale + p.router.hidden, s.out_bias = s.out + p.router.hidden * p.router.scores;
     return s;

@@ -1,18 +1,21 @@
 // The router of a launch of `few.cu`: some blocks score all tokens over some columns each, then every block adds up and decides.
 //
-// So a decision is one trip through memory away from the last score: a block that decided for all others would cost a second.
+// So a decision is one trip through memory away from the last score: a block that decided for all others would cost a second. Scores
+// travel with the number of their launch beside them, in one word of eight bytes: who reads the number has the score, and no flag
+// or fence is waited for.
 
 #pragma once
 
-// products of 32 hidden units with all tokens over this block's columns, and the energy of x there, into `partial`
-DEVICE void score_part(const Params &p, const Shared &s, int block) {
+// products of 32 hidden units with all tokens over this part of the columns, and the energy of x there, into `partial`
+DEVICE void score_part(const Params &p, const Shared &s, int part) {
     const Router &r = p.router;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    float *partial = r.partial + block * (r.hidden + 1) * TOKENS;
+    const u32 number = s.wanted[1].number;
+    Two *partial = r.partial + part * (r.hidden + 1) * TOKENS;
     for (int hidden_tile = 0; hidden_tile * HIDDEN_TILE < r.hidden; hidden_tile++) {
         Rows y = {};
         float energy[NT] = {};
-        for (int tile = block * WARPS + warp; tile < p.column_tiles; tile += WARPS * p.parts) {
+        for (int tile = part * WARPS + warp; tile < p.column_tiles; tile += WARPS * p.parts) {
             const u8 *from = r.weight + ((u64)hidden_tile * p.column_tiles + tile) * 2048 + lane * 16;
             Inputs in;
             load_inputs(in, p, s, tile, lane);
@@ -65,12 +68,12 @@ DEVICE void score_part(const Params &p, const Shared &s, int block) {
             const int token = i / HIDDEN_TILE, unit = hidden_tile * HIDDEN_TILE + i % HIDDEN_TILE;
             float total = 0;
             for (int w = 0; w < WARPS; w++) total += s.sums[place_of(w, token, i % HIDDEN_TILE)];
-            if (unit < r.hidden) partial[unit * TOKENS + token] = total;
+            if (unit < r.hidden) store_whole(partial + unit * TOKENS + token, {__float_as_uint(total), number});
         }
         for (int token = threadIdx.x; hidden_tile == 0 && token < TOKENS; token += THREADS) {
             float total = 0;
             for (int w = 0; w < WARPS; w++) total += energies[w * TOKENS + token];
-            partial[r.hidden * TOKENS + token] = total;
+            store_whole(partial + r.hidden * TOKENS + token, {__float_as_uint(total), number});
         }
         __syncthreads();
     }
@@ -86,11 +89,14 @@ DEVICE void count(const Params &p, int token, int depth) {
     atomicAdd(p.read + entry_of(p, token) * p.depths + depth - 1, weights);
 }
 
+// which part of the columns this block scores, if any: the last blocks do, which have no more rows than others
+DEVICE int part_of(const Params &p) { return (int)blockIdx.x - ((int)gridDim.x - p.parts); }
+
 // ask for what this block will score, and take the rest of the router to shared memory; neither depends on a launch before
 DEVICE void prepare_scores(const Params &p, const Shared &s) {
     const Router &r = p.router;
-    const int own = blockIdx.x * WARPS, left = p.column_tiles - own, tiles = left < WARPS ? left : WARPS;
-    for (int hidden_tile = threadIdx.x; blockIdx.x < p.parts && hidden_tile * HIDDEN_TILE < r.hidden; hidden_tile += THREADS)
+    const int own = part_of(p) * WARPS, left = p.column_tiles - own, tiles = left < WARPS ? left : WARPS;
+    for (int hidden_tile = threadIdx.x; own >= 0 && hidden_tile * HIDDEN_TILE < r.hidden; hidden_tile += THREADS)
         prefetch((const u8 *)r.weight + ((u64)hidden_tile * p.column_tiles + own) * 2048, tiles * 2048);
     for (int i = threadIdx.x; i < r.hidden; i += THREADS)
         s.rms[i] = r.rms[i], s.bias[i] = r.bias[i], s.weight_scale[i] = from_fp16(r.weight_scale[i]);
@@ -98,69 +104,80 @@ DEVICE void prepare_scores(const Params &p, const Shared &s) {
     for (int i = threadIdx.x; i < r.scores; i += THREADS) s.out_bias[i] = r.out_bias[i];
 }
 
-// scores as in `router.scores`, depths as in `router.depths`
-DEVICE void decide(const Params &p, const Shared &s) {
-    const Router &r = p.router;
-    const int stride = (r.hidden + 1) * TOKENS, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    float *active = s.sums, *scores = s.sums + MOST_HIDDEN * TOKENS;
-    for (int i = threadIdx.x; i < r.hidden * TOKENS; i += THREADS) {
-        const int unit = i / TOKENS, token = i % TOKENS;
-        if (token >= p.tokens) continue;
-        float sum = 0, energy = 0;
+// the sum of a hidden unit (or the energy) over all parts, in their order, once all are there
+DEVICE float sum_parts(const Params &p, int unit, int token, u32 number) {
+    const int stride = (p.router.hidden + 1) * TOKENS;
+    const Two *own = p.router.partial + unit * TOKENS + token;
+    while (true) {
+        float sum = 0;
+        bool here = true;
 #pragma unroll 4
         for (int b = 0; b < p.parts; b++) {
-            sum += load_fresh(r.partial + b * stride + unit * TOKENS + token);
-            energy += load_fresh(r.partial + b * stride + r.hidden * TOKENS + token);
+            const Two part = load_whole(own + b * stride);
+            sum += __uint_as_float(part.x), here &= part.y == number;
         }
-        float rms = sqrtf(energy / p.columns);
-        rms = rms < 1e-6f ? 1e-6f : rms;  // NaN stays NaN
-        const float z = sum / rms * s.weight_scale[unit] + logf(rms) * s.rms[unit] + s.bias[unit];
-        active[unit * TOKENS + token] = z / (1 + expf(-z));
+        if (here) return sum;
+        pause();
     }
-    __syncthreads();
-    for (int i = warp; i < r.scores * TOKENS; i += WARPS) {
-        const int score = i / TOKENS, token = i % TOKENS;
-        if (token >= p.tokens) continue;
+}
+
+// depth of a token by all lanes of a warp: scores as in `router.scores`, depth as in `router.depths`
+DEVICE int decide_token(const Params &p, const Shared &s, int token, int lane) {
+    const Router &r = p.router;
+    const u32 number = s.wanted[1].number;
+    float rms = sqrtf(sum_parts(p, r.hidden, token, number) / p.columns);
+    rms = rms < 1e-6f ? 1e-6f : rms;  // NaN stays NaN
+    const float log_rms = logf(rms);
+    float active[MOST_HIDDEN / 32];
+#pragma unroll
+    for (int i = 0; i < MOST_HIDDEN / 32; i++) {
+        const int unit = i * 32 + lane;
+        if (i * 32 >= r.hidden) break;
+        const float z = unit < r.hidden ? sum_parts(p, unit, token, number) / rms * s.weight_scale[unit] + log_rms * s.rms[unit] + s.bias[unit] : 0;
+        active[i] = z / (1 + expf(-z));
+    }
+    const int entry = entry_of(p, token), cap = s.wanted[1].cap[entry];
+    const float tau = s.wanted[1].tau[entry];
+    float first = 0, fall = 0;
+    int depth = 1;
+#pragma unroll 4
+    for (int score = 0; score < r.scores; score++) {
         float sum = 0;
-        for (int unit = lane; unit < r.hidden; unit += 32) sum += s.out[score * r.hidden + unit] * active[unit * TOKENS + token];
+#pragma unroll
+        for (int i = 0; i < MOST_HIDDEN / 32; i++) {
+            const int unit = i * 32 + lane;
+            if (unit < r.hidden) sum += s.out[score * r.hidden + unit] * active[i];
+        }
 #pragma unroll
         for (int by = 1; by < 32; by *= 2) sum += shuffle_xor(sum, by);
-        if (lane == 0) scores[score * TOKENS + token] = sum + s.out_bias[score];
+        sum += s.out_bias[score];
+        if (score) fall += softplus(sum);
+        else first = sum;
+        depth += first - fall > tau;
     }
-    __syncthreads();
-    if (threadIdx.x < p.tokens) {
-        const int token = threadIdx.x, entry = entry_of(p, token), cap = (int)load_fresh(p.cap + entry);
-        const float tau = load_fresh(p.tau + entry);
-        int depth = 1 + (scores[token] > tau);
-        float fall = 0;
-        for (int i = 1; i < r.scores; i++) {
-            fall += softplus(scores[i * TOKENS + token]);
-            depth += scores[token] - fall > tau;
+    return depth < cap ? depth : cap;
+}
+
+// once all scores are there
+DEVICE void decide(const Params &p, const Shared &s) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int token = warp; token < p.tokens; token += WARPS) {
+        const int depth = decide_token(p, s, token, lane);
+        if (lane == 0) {
+            s.depth[token] = depth;
+            if (blockIdx.x == 0) p.router.depth[p.before + token] = depth, count(p, token, depth);
         }
-        s.depth[token] = depth = depth < cap ? depth : cap;
-        if (blockIdx.x == 0) r.depth[p.before + token] = depth, count(p, token, depth);
     }
     __syncthreads();
 }
 
 // this block's part of the scores, where it has one
 DEVICE void score(const Params &p, const Shared &s) {
-    if (blockIdx.x >= p.parts) return;
-    score_part(p, s, blockIdx.x);
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) atomicAdd(p.router.state, 1u);
+    if (part_of(p) >= 0) score_part(p, s, part_of(p));
 }
 
-// once all parts are there
-DEVICE void await_scores(const Params &p) {
-    if (threadIdx.x == 0)
-        while (load_acquire(p.router.state) != (u32)p.parts) pause();
-    __syncthreads();
-}
-
-// the last block to have seen all parts makes ready for the next launch
-DEVICE void leave(const Params &p) {
-    u32 *state = p.router.state;
-    if (threadIdx.x == 0 && atomicAdd(state + 1, 1u) == gridDim.x - 1) state[0] = state[1] = 0;
+// How launches are numbered: the last block to know the number sets the next one, which nobody reads before this launch has ended.
+DEVICE u32 know_number(const Params &p) { return threadIdx.x ? 0 : atomicAdd(p.router.state + 1, 1u); }
+DEVICE void number_next(const Params &p, const Shared &s, u32 knew) {
+    if (threadIdx.x == 0 && knew == gridDim.x - 1) p.router.state[0] = s.wanted[1].number + 1, p.router.state[1] = 0;
 }

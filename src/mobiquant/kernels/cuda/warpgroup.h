@@ -1,0 +1,61 @@
+// What only Hopper has, each thing once: products of four warps with a matrix in shared memory, and how its results are laid down.
+// Emulated in the tests like `device.h`.
+//
+// A tile of x in shared memory is a row of 64 numbers (128 bytes) for each token, 8 tokens in 1024 bytes; the 16 bytes n of token t
+// lie at place n ^ (t % 8) of its row (the 128-byte swizzle of the PTX manual).
+
+#pragma once
+
+#include "device.h"
+
+DEVICE int place_of_sixteen(int token, int n) { return token * 128 + (n ^ (token & 7)) * 16; }
+
+#ifndef EMULATED
+
+// what this thread has written to shared memory is seen by products
+DEVICE void show_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// registers are as they should be for the products to come
+DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void products_end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// all groups of products are done, but for the last `left`
+template <int left> DEVICE void wait_for_products() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(left) : "memory"); }
+
+// 16 columns of a tile of x, from number 16 * step
+typedef u64 View;
+DEVICE View view_of(const u8 *tile, int step) {
+    const u64 at = __cvta_generic_to_shared(tile) + step * 32;
+    return (at & 0x3ffff) >> 4 | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+}
+
+#define FOUR(n) "%" #n "0, %" #n "1, %" #n "2, %" #n "3, %" #n "4, %" #n "5, %" #n "6, %" #n "7, %" #n "8, %" #n "9, "
+#define HELD(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#if BF16
+#define KIND "f32.bf16.bf16"
+#else
+#define KIND "f32.f16.f16"
+#endif
+
+// d += a b: 64 rows of 16 weights, those of a warp in its lanes, by 16 columns of 64 or 128 tokens
+DEVICE void multiply_tokens(float (&d)[32], const u32 (&a)[4], View b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16." KIND
+                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, " FOUR(1) FOUR(2) "%30, %31}, {%32, %33, %34, %35}, %36, 1, 1, 1, 0;"
+                 : HELD(0), HELD(8), HELD(16), HELD(24)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+DEVICE void multiply_tokens(float (&d)[64], const u32 (&a)[4], View b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16." KIND
+                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, " FOUR(1) FOUR(2) FOUR(3) FOUR(4) FOUR(5)
+                 "%60, %61, %62, %63}, {%64, %65, %66, %67}, %68, 1, 1, 1, 0;"
+                 : HELD(0), HELD(8), HELD(16), HELD(24), HELD(32), HELD(40), HELD(48), HELD(56)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+// four squares of 8 x 8 to shared memory, turned; lane 8 i + n says where row n of square i goes
+DEVICE void store_turned(u8 *to, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"((u32)__cvta_generic_to_shared(to)), "r"(a),
+                 "r"(b), "r"(c), "r"(d)
+                 : "memory");
+}
+
+#endif
