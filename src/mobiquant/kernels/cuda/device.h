@@ -93,6 +93,16 @@ DEVICE Two load_whole(const Two *from) {
     return {(u32)both, (u32)(both >> 32)};
 }
 
+// add one where `wanted`; what was there before, which nobody waits for until it is used
+DEVICE u32 count_up(u32 *at, bool wanted) {
+    u32 before = 0;
+    asm volatile("{ .reg .pred p; setp.ne.s32 p, %2, 0; @p atom.relaxed.gpu.global.add.u32 %0, [%1], 1; }"
+                 : "+r"(before)
+                 : "l"(at), "r"((int)wanted)
+                 : "memory");
+    return before;
+}
+
 DEVICE void pause() { __nanosleep(20); }
 
 // about two microseconds

@@ -103,7 +103,8 @@ class Group:
 
     def fits(self) -> int:
         """Tokens that one launch takes: 16, or fewer where shared memory does not hold x of so many, or 0."""
-        return next((n for n in (16, 8, 4) if self.memory(n) <= self.limit), 0)
+        held = [n for n in (4, 8, 16) if self.memory(n) <= self.limit]
+        return next((n for n in (16, 8, 4) if all(m in held for m in (4, 8, 16) if m <= n)), 0)
 
     def most(self) -> int:
         """Tokens that a call takes, in as many launches as are needed; 0 where shared memory does not hold x of four."""
@@ -141,8 +142,8 @@ class Group:
         p, (warps, _) = self.params, SHAPES[fours(tokens)]
         # one on each processor, those without rows too: some score, and what each does for the next launch is said in few.cu
         blocks = self.processors
-        # a warp scores one tile of columns, so that few parts are left to add up
-        p.parts = min(blocks, -(-p.column_tiles // warps))
+        # a warp scores one tile of columns; sums of all parts lie in shared memory where those of warps do
+        p.parts = min(blocks, -(-p.column_tiles // warps), max(1, 2 * 33 * warps // (p.router.hidden + 1)))
         self.kernel(dtype, tokens).launch(blocks, warps * LANES, p, self.memory(tokens), overlap=True)
 
 

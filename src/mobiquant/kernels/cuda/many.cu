@@ -88,33 +88,43 @@ template <int last> DEVICE void copy_stage(u8 *stages, const Params &p, int row_
     copies_end();
 }
 
-// ---- x: a thread takes 32 columns of a token in each step
+// ---- x: eight neighbouring threads take a row of 64 columns, each eight of them, and of a step several rows 32 tokens apart
+
+constexpr int SHARE = TOKENS / 32;
 
 struct Block {
-    Four four[4];
+    Four four[SHARE];
 };
 
-// token and half of the columns that this thread brings
-DEVICE int token_of_thread() { return threadIdx.x % 8 + threadIdx.x / 16 * 8; }
-DEVICE int half_of_thread() { return threadIdx.x / 8 % 2; }
+// where the rows of this thread begin, in eights of columns; none where there is no token
+typedef u32 Offsets[SHARE];
+constexpr u32 NONE = ~0u;
 
-DEVICE void load_x(Block &block, const Params &p, const u16 *row, int column_tile) {
+DEVICE void find_rows(Offsets &rows, const Params &p, const Part &part) {
 #pragma unroll
-    for (int n = 0; n < 4; n++) {
-        const int column = column_tile * 64 + half_of_thread() * 32 + n * 8;
-        block.four[n] = row && column < p.columns ? load_kept((const Four *)(row + column)) : Four{0, 0, 0, 0};
+    for (int i = 0; i < SHARE; i++) {
+        const int token = i * 32 + threadIdx.x / 8, place = part.first + token;
+        rows[i] = token < part.count ? (u32)(p.order ? p.order[place] : place) * (p.columns / 8) : NONE;
     }
 }
 
-// two columns of each of the four eights side by side, as the lanes of a row have them
+DEVICE void load_x(Block &block, const Params &p, const Offsets &rows, int column_tile) {
+    const int eight = column_tile * 8 + threadIdx.x % 8;
+#pragma unroll
+    for (int i = 0; i < SHARE; i++)
+        block.four[i] = rows[i] != NONE && eight * 8 < p.columns ? load_kept((const Four *)p.x + (rows[i] + eight)) : Four{0, 0, 0, 0};
+}
+
+// two columns of each of the four eights of a half side by side, as the lanes of a row have them
 DEVICE void store_x(u8 *tile, const Block &block) {
-    const int token = token_of_thread(), first = half_of_thread() * 4;
-    if (token >= TOKENS) return;
-    const Four *f = block.four;
-    *(Four *)(tile + place_of_sixteen(token, first)) = {f[0].x, f[1].x, f[2].x, f[3].x};
-    *(Four *)(tile + place_of_sixteen(token, first + 1)) = {f[0].y, f[1].y, f[2].y, f[3].y};
-    *(Four *)(tile + place_of_sixteen(token, first + 2)) = {f[0].z, f[1].z, f[2].z, f[3].z};
-    *(Four *)(tile + place_of_sixteen(token, first + 3)) = {f[0].w, f[1].w, f[2].w, f[3].w};
+    const int half = threadIdx.x / 4 % 2, two = threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < SHARE; i++) {
+        const int token = i * 32 + threadIdx.x / 8;
+        const u32 words[4] = {block.four[i].x, block.four[i].y, block.four[i].z, block.four[i].w};
+#pragma unroll
+        for (int w = 0; w < 4; w++) *(u32 *)(tile + place_of_sixteen(token, half * 4 + w) + two * 4) = words[w];
+    }
 }
 
 // ---- weights
@@ -193,12 +203,13 @@ struct Memory {
     u8 *x, *stages;
 };
 
-// one step; `weights` are not those of the step before, whose products may still run
+// One step. `weights` are not those of the step before, whose products may still run; `block` is x of this step, and becomes that of
+// the one after the next.
 template <int last>
-DEVICE void step(Sums &sums, Weights &weights, Block &block, const Params &p, const Memory &memory, const u16 *row, int row_tile, int column_tile) {
+DEVICE void step(Sums &sums, Weights &weights, Block &block, const Params &p, const Memory &memory, const Offsets &rows, int row_tile, int column_tile) {
     u8 *x = memory.x + column_tile % BUFFERS * X_BYTES;
     store_x(x, block);
-    load_x(block, p, row, column_tile + 1);
+    load_x(block, p, rows, column_tile + 2);
     wait_for_copies<STAGES - 2>();
     show_products();
     __syncthreads();
@@ -211,23 +222,19 @@ DEVICE void step(Sums &sums, Weights &weights, Block &block, const Params &p, co
     wait_for_products<1>();
 }
 
-DEVICE const u16 *row_of(const Params &p, const Part &part, int token) {
-    if (token >= part.count) return nullptr;
-    const int place = part.first + token;
-    return p.x + (u64)(p.order ? p.order[place] : place) * p.columns;
-}
-
 template <int last> DEVICE void multiply(Sums &sums, const Params &p, const Memory &memory, const Part &part) {
-    const u16 *row = row_of(p, part, token_of_thread());
-    Block block;
+    Offsets rows;
+    Block x_even, x_odd;
     Weights even, odd;
 #pragma unroll 1
     for (int i = 0; i < STAGES - 1; i++) copy_stage<last>(memory.stages, p, part.row_tile, i);
-    load_x(block, p, row, 0);
+    find_rows(rows, p, part);
+    load_x(x_even, p, rows, 0);
+    load_x(x_odd, p, rows, 1);
 #pragma unroll 1
     for (int column_tile = 0; column_tile < p.column_tiles; column_tile += 2) {
-        step<last>(sums, even, block, p, memory, row, part.row_tile, column_tile);
-        step<last>(sums, odd, block, p, memory, row, part.row_tile, column_tile + 1);
+        step<last>(sums, even, x_even, p, memory, rows, part.row_tile, column_tile);
+        step<last>(sums, odd, x_odd, p, memory, rows, part.row_tile, column_tile + 1);
     }
     wait_for_products<0>();
 }

@@ -95,45 +95,51 @@ DEVICE int part_of(const Params &p) { return (int)blockIdx.x - ((int)gridDim.x -
 // ask for what this block will score, and take the rest of the router to shared memory; neither depends on a launch before
 DEVICE void prepare_scores(const Params &p, const Shared &s) {
     const Router &r = p.router;
-    const int own = part_of(p) * WARPS, left = p.column_tiles - own, tiles = left < WARPS ? left : WARPS;
-    for (int hidden_tile = threadIdx.x; own >= 0 && hidden_tile * HIDDEN_TILE < r.hidden; hidden_tile += THREADS)
-        prefetch((const u8 *)r.weight + ((u64)hidden_tile * p.column_tiles + own) * 2048, tiles * 2048);
+    for (int own = part_of(p) * WARPS; own >= 0 && own < p.column_tiles; own += WARPS * p.parts) {
+        const int left = p.column_tiles - own, tiles = left < WARPS ? left : WARPS;
+        for (int hidden_tile = threadIdx.x; hidden_tile * HIDDEN_TILE < r.hidden; hidden_tile += THREADS)
+            prefetch((const u8 *)r.weight + ((u64)hidden_tile * p.column_tiles + own) * 2048, tiles * 2048);
+    }
     for (int i = threadIdx.x; i < r.hidden; i += THREADS)
         s.rms[i] = r.rms[i], s.bias[i] = r.bias[i], s.weight_scale[i] = from_fp16(r.weight_scale[i]);
     for (int i = threadIdx.x; i < r.hidden * r.scores; i += THREADS) s.out[i] = r.out[i];
     for (int i = threadIdx.x; i < r.scores; i += THREADS) s.out_bias[i] = r.out_bias[i];
 }
 
-// the sum of a hidden unit (or the energy) over all parts, in their order, once all are there
-DEVICE float sum_parts(const Params &p, int unit, int token, u32 number) {
-    const int stride = (p.router.hidden + 1) * TOKENS;
-    const Two *own = p.router.partial + unit * TOKENS + token;
-    while (true) {
-        float sum = 0;
-        bool here = true;
-#pragma unroll 4
-        for (int b = 0; b < p.parts; b++) {
-            const Two part = load_whole(own + b * stride);
-            sum += __uint_as_float(part.x), here &= part.y == number;
+// Sums of all parts to shared memory once they are there, [tokens][parts][hidden + 1]: a warp waits for one part of one token at a
+// time, so it is one trip through memory where there are as many warps.
+DEVICE void gather_parts(const Params &p, float *gathered, u32 number) {
+    const int sums = p.router.hidden + 1, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int i = warp; i < p.tokens * p.parts; i += WARPS) {
+        const int token = i / p.parts, part = i % p.parts;
+        for (int unit = lane; unit < sums; unit += 32) {
+            const Two *from = p.router.partial + (part * sums + unit) * TOKENS + token;
+            Two found = load_whole(from);
+            while (found.y != number) pause(), found = load_whole(from);
+            gathered[i * sums + unit] = __uint_as_float(found.x);
         }
-        if (here) return sum;
-        pause();
     }
+    __syncthreads();
 }
 
 // depth of a token by all lanes of a warp: scores as in `router.scores`, depth as in `router.depths`
-DEVICE int decide_token(const Params &p, const Shared &s, int token, int lane) {
+DEVICE int decide_token(const Params &p, const Shared &s, const float *gathered, int token, int lane) {
     const Router &r = p.router;
-    const u32 number = s.wanted[1].number;
-    float rms = sqrtf(sum_parts(p, r.hidden, token, number) / p.columns);
+    const int sums = r.hidden + 1;
+    const float *own = gathered + token * p.parts * sums;
+    float energy = 0;
+    for (int b = 0; b < p.parts; b++) energy += own[b * sums + r.hidden];
+    float rms = sqrtf(energy / p.columns);
     rms = rms < 1e-6f ? 1e-6f : rms;  // NaN stays NaN
     const float log_rms = logf(rms);
     float active[MOST_HIDDEN / 32];
 #pragma unroll
     for (int i = 0; i < MOST_HIDDEN / 32; i++) {
-        const int unit = i * 32 + lane;
         if (i * 32 >= r.hidden) break;
-        const float z = unit < r.hidden ? sum_parts(p, unit, token, number) / rms * s.weight_scale[unit] + log_rms * s.rms[unit] + s.bias[unit] : 0;
+        const int unit = i * 32 + lane < r.hidden ? i * 32 + lane : r.hidden - 1;
+        float sum = 0;
+        for (int b = 0; b < p.parts; b++) sum += own[b * sums + unit];
+        const float z = sum / rms * s.weight_scale[unit] + log_rms * s.rms[unit] + s.bias[unit];
         active[i] = z / (1 + expf(-z));
     }
     const int entry = entry_of(p, token), cap = s.wanted[1].cap[entry];
@@ -161,8 +167,9 @@ DEVICE int decide_token(const Params &p, const Shared &s, int token, int lane) {
 // once all scores are there
 DEVICE void decide(const Params &p, const Shared &s) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    gather_parts(p, s.sums, s.wanted[1].number);
     for (int token = warp; token < p.tokens; token += WARPS) {
-        const int depth = decide_token(p, s, token, lane);
+        const int depth = decide_token(p, s, s.sums, token, lane);
         if (lane == 0) {
             s.depth[token] = depth;
             if (blockIdx.x == 0) p.router.depth[p.before + token] = depth, count(p, token, depth);
@@ -177,7 +184,7 @@ DEVICE void score(const Params &p, const Shared &s) {
 }
 
 // How launches are numbered: the last block to know the number sets the next one, which nobody reads before this launch has ended.
-DEVICE u32 know_number(const Params &p) { return threadIdx.x ? 0 : atomicAdd(p.router.state + 1, 1u); }
+DEVICE u32 know_number(const Params &p) { return count_up(p.router.state + 1, threadIdx.x == 0); }
 DEVICE void number_next(const Params &p, const Shared &s, u32 knew) {
     if (threadIdx.x == 0 && knew == gridDim.x - 1) p.router.state[0] = s.wanted[1].number + 1, p.router.state[1] = 0;
 }
