@@ -297,7 +297,9 @@ def test_many_tokens_of_any_mixture_of_depths(device, way):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("rows", "columns", "group", "tokens"), [(40, 72, 32, 70), (160, 328, 128, 65), (33, 576, 64, 17), (129, 64, 128, 130)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "group", "tokens"), [(40, 72, 32, 70), (160, 328, 128, 65), (33, 576, 64, 17), (129, 64, 128, 130)]
+)
 @pytest.mark.parametrize(("slices", "dtype"), [((2, 1, 1, 2, 2), torch.bfloat16), ((3, 3), torch.float16)])
 def test_weights_made_on_their_way_are_those_of_the_reference(rows, columns, group, tokens, slices, dtype, device):
     ways_on(device, many.fused)

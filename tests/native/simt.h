@@ -40,9 +40,16 @@ struct Warp {
     int arrived = 0, turn = 0;
 };
 
+struct Copy {
+    u8 *to;
+    const u8 *from;
+    size_t bytes;
+};
+
 struct Block {
     std::vector<u8> memory;
     std::vector<Warp> warps;
+    std::vector<std::pair<void *, std::function<void()>>> tiles;
     int said = 0, arrived = 0, turn = 0, threads = 0;
 };
 
@@ -53,7 +60,7 @@ struct Thread {
     unsigned thread, number;
     jmp_buf place;
     bool begun = false, ended = false;
-    std::vector<std::pair<u8 *, const u8 *>> copies;
+    std::vector<Copy> copies;
     std::vector<size_t> groups;
 };
 
@@ -183,14 +190,14 @@ inline void prefetch(const u8 *, u32) {}
 // copies arrive at once or when they are waited for
 inline void copy_16(u8 *to, const u8 *from) {
     if ((simt::state += 0x9e3779b9u) >> 31) std::memcpy(to, from, 16);
-    simt::now->copies.push_back({to, from});
+    simt::now->copies.push_back({to, from, 16});
 }
 inline void copies_end() { simt::now->groups.push_back(simt::now->copies.size()); }
 template <int left> inline void wait_for_copies() {
     auto &groups = simt::now->groups;
     auto &copies = simt::now->copies;
     const size_t keep = groups.size() > left ? groups.size() - left : 0, done = keep ? groups[keep - 1] : 0;
-    for (size_t i = 0; i < done; i++) std::memcpy(copies[i].first, copies[i].second, 16);
+    for (size_t i = 0; i < done; i++) std::memcpy(copies[i].to, copies[i].from, copies[i].bytes);
     copies.erase(copies.begin(), copies.begin() + done), groups.erase(groups.begin(), groups.begin() + keep);
     for (size_t &end : groups) end -= done;
 }
@@ -215,8 +222,41 @@ inline float whole_byte(u32 word, int which) { return (float)(word >> (8 * which
 inline u8 *aligned_1024(u8 *shared) { return (u8 *)(((uintptr_t)shared + 1023) & ~(uintptr_t)1023); }
 inline Four load_kept(const Four *from) { return *from; }
 
+// tiles arrive when their barrier is waited for
+struct Barrier {
+    u8 count, left;
+    u16 phase;
+    int bytes;
+};
+inline void set_up(Barrier *at, int count) { *at = {(u8)count, (u8)count, 0, 0}; }
+inline void show_barriers() {}
+inline void settle_barrier(Barrier *at) {
+    if (at->left || at->bytes) return;
+    at->phase++, at->left = at->count;
+}
+inline void come(Barrier *at) { at->left--, settle_barrier(at); }
+inline void announce(Barrier *at, u32 bytes) { at->bytes += bytes, come(at); }
+inline void copy_tile(u8 *to, const u8 *from, u32 bytes, Barrier *at) {
+    simt::now->block->tiles.push_back({at, [=] { std::memcpy(to, from, bytes), at->bytes -= bytes, settle_barrier(at); }});
+}
+inline void wait_for_phase(Barrier *at, int number) {
+    while (((int)at->phase & 1) == (number & 1)) {
+        auto &tiles = simt::now->block->tiles;
+        for (size_t i = 0; i < tiles.size(); i++) {
+            if (tiles[i].first != at) continue;
+            const auto arrive = tiles[i].second;
+            tiles.erase(tiles.begin() + i), arrive();
+            break;
+        }
+        if (((int)at->phase & 1) == (number & 1)) simt::yield();
+    }
+}
+template <int bytes> inline void copy_own(u8 *to, const u8 *from) {
+    if ((simt::state += 0x9e3779b9u) >> 31) std::memcpy(to, from, bytes);
+    simt::now->copies.push_back({to, from, bytes});
+}
+
 // products with a matrix in shared memory are done at once
-inline void show_products() {}
 inline void products_begin() {}
 inline void products_end() {}
 template <int left> inline void wait_for_products() {}

@@ -16,8 +16,8 @@ from mobiquant.kernels.cuda import compiler
 from mobiquant.kernels.cuda.tiles import COLUMNS, LANES, Tiles, definitions
 
 SLOTS, WARPS = 8, 8
-# of `many.cu`: rows and threads of a block, steps of columns whose codes are on their way, tiles of x
-ROWS, THREADS, STAGES, BUFFERS = 128, 256, 4, 3
+# of `many.cu`: rows and threads of a block, steps whose codes are on their way, tiles of x; of `arrange.cu`
+ROWS, THREADS, STAGES, BUFFERS, ARRANGE_THREADS = 128, 288, 6, 6, 256
 
 
 @lru_cache(maxsize=8)
@@ -64,41 +64,53 @@ def has_warpgroups(device: torch.device) -> bool:
 
 
 @lru_cache(maxsize=8)
-def fused_parameters(pieces: int) -> type[ctypes.Structure]:
-    """`Params` of `many.cu` for a number of pieces."""
+def fused_parameters(pieces: int) -> tuple[type[ctypes.Structure], type[ctypes.Structure]]:
+    """`Params` of `arrange.cu` and, for a number of pieces, of `many.cu`."""
     address, whole = ctypes.c_uint64, ctypes.c_int32
-    numbers = ("tokens", "rows", "columns", "column_tiles", "groups", "depth", "depths", "tiles")
 
-    class Params(ctypes.Structure):
-        _fields_ = [("pieces", address * pieces)] + [(n, address) for n in ("scale", "zero", "x", "out", "order", "counts")] \
-            + [(n, whole) for n in numbers]  # fmt: skip
+    class Runs(ctypes.Structure):
+        _fields_ = [(n, address) for n in ("order", "counts")] + [(n, whole) for n in ("tokens", "depth", "depths", "tiles")]
 
-    return Params
+    class Arrange(ctypes.Structure):
+        _fields_ = [("runs", Runs)] + [(n, address) for n in ("x", "out")] + [(n, whole) for n in ("columns", "steps")]
+
+    class Many(ctypes.Structure):
+        _fields_ = [("runs", Runs), ("pieces", address * pieces)] + [(n, address) for n in ("scale", "zero", "x", "out")] \
+            + [(n, whole) for n in ("rows", "columns", "column_tiles", "groups", "steps")]  # fmt: skip
+
+    return Arrange, Many
 
 
 def fused(x: Float[Tensor, "T K"], weight: Tiles, depth: Int[Tensor, " T"] | int) -> Float[Tensor, "T N"]:
-    """`product` by `many.cu`."""
-    x, (tokens, columns), every = x.contiguous(), x.shape, len(weight.slices)
+    """`product` by `arrange.cu` and `many.cu`."""
+    x, (tokens, columns), every, device = x.contiguous(), x.shape, len(weight.slices), x.device.index or 0
     out = x.new_empty(tokens, weight.rows)
-    own = 64 if tokens <= 64 else 128  # tokens of a block
-    p, tiles = fused_parameters(len(weight.pieces))(), -(-tokens // own)
+    own = 64 if tokens <= 64 else 128  # tokens of a tile
+    arrange, p = (one() for one in fused_parameters(len(weight.pieces)))
+    runs, tiles = p.runs, -(-tokens // own)
     if isinstance(depth, int):
-        p.depth = depth
+        runs.depth = depth
     else:
         order, counts = depth.argsort(stable=True).int(), counts_of(depth, every)
-        # each depth may leave a block unfilled
-        p.order, p.counts, tiles = order.data_ptr(), counts.data_ptr(), tiles + every - 1
+        # each depth may leave a tile unfilled
+        runs.order, runs.counts, tiles = order.data_ptr(), counts.data_ptr(), tiles + every - 1
+    runs.tokens, runs.depths, runs.tiles = tokens, every, tiles
+    p.column_tiles, p.groups = weight.pieces[0].shape[1], weight.scale.shape[1]
+    p.steps = -(-p.column_tiles // 2) * 2
+    laid = x.new_empty(tiles, p.steps, own * COLUMNS)
+    arrange.runs, arrange.x, arrange.out, arrange.columns, arrange.steps = runs, x.data_ptr(), laid.data_ptr(), columns, p.steps
+    how = ("BF16", int(x.dtype == torch.bfloat16)), ("TOKENS", own)
+    made = compiler.kernel("arrange", how, device)
+    made.launch(-(-tiles * own * p.steps * 2 // ARRANGE_THREADS), ARRANGE_THREADS, arrange, overlap=True)
     for i, piece in enumerate(weight.pieces):
         p.pieces[i] = piece.data_ptr()
-    p.scale, p.zero, p.x, p.out = weight.scale.data_ptr(), weight.zero.data_ptr(), x.data_ptr(), out.data_ptr()
-    p.tokens, p.rows, p.columns, p.depths, p.tiles = tokens, weight.rows, columns, every, tiles
-    p.column_tiles, p.groups = weight.pieces[0].shape[1], weight.scale.shape[1]
-    groups = max(1, COLUMNS // weight.group_size) * (ROWS // 32)
-    stage = sum(weight.slices) * ROWS * COLUMNS // 8 + groups * 96
-    how = ("BF16", int(x.dtype == torch.bfloat16)), ("TOKENS", own), *definitions(weight.slices, weight.group_size)
-    made = compiler.kernel("many", how, x.device.index or 0)
-    # x lies at multiples of 1024
-    made.launch(tiles * -(-weight.rows // ROWS), THREADS, p, 1024 + BUFFERS * own * 128 + STAGES * stage)
+    p.scale, p.zero, p.x, p.out = weight.scale.data_ptr(), weight.zero.data_ptr(), laid.data_ptr(), out.data_ptr()
+    p.rows, p.columns = weight.rows, columns
+    stage = sum(weight.slices) * 128 + max(1, COLUMNS // weight.group_size) * 256
+    # x lies at multiples of 1024; barriers are the last
+    memory = 1024 + BUFFERS * (own * COLUMNS * 2 + 16) + WARPS * STAGES * stage
+    made = compiler.kernel("many", (*how, *definitions(weight.slices, weight.group_size)), device)
+    made.launch(tiles * -(-weight.rows // ROWS), THREADS, p, memory, overlap=True)
     return out
 
 

@@ -1,5 +1,5 @@
-// What only Hopper has, each thing once: products of four warps with a matrix in shared memory, and how its results are laid down.
-// Emulated in the tests like `device.h`.
+// What only Hopper has, each thing once: copies of whole tiles that report to a barrier, products of four warps with a matrix in
+// shared memory, and how results are laid down. Emulated in the tests like `device.h`.
 //
 // A tile of x in shared memory is a row of 64 numbers (128 bytes) for each token, 8 tokens in 1024 bytes; the 16 bytes n of token t
 // lie at place n ^ (t % 8) of its row (the 128-byte swizzle of the PTX manual).
@@ -12,8 +12,36 @@ DEVICE int place_of_sixteen(int token, int n) { return token * 128 + (n ^ (token
 
 #ifndef EMULATED
 
-// what this thread has written to shared memory is seen by products
-DEVICE void show_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// A barrier in shared memory: a phase ends once `count` have come and all bytes that were announced have arrived.
+typedef u64 Barrier;
+DEVICE u32 shared_address(const void *at) { return (u32)__cvta_generic_to_shared(at); }
+DEVICE void set_up(Barrier *at, int count) { asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(at)), "r"(count) : "memory"); }
+// barriers that were set up are seen by copies
+DEVICE void show_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+DEVICE void come(Barrier *at) { asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(at)) : "memory"); }
+// come, and announce bytes
+DEVICE void announce(Barrier *at, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(at)), "r"(bytes) : "memory");
+}
+// until phase `number` (0, 1, ..) has ended, of which at most one has since
+DEVICE void wait_for_phase(Barrier *at, int number) {
+    asm volatile(
+        "{ .reg .pred done; again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1; @done bra.uni ended; bra.uni again; ended: }" ::"r"(
+            shared_address(at)),
+        "r"(number & 1)
+        : "memory");
+}
+// bytes (a multiple of 16) to shared memory, announced at a barrier
+DEVICE void copy_tile(u8 *to, const u8 *from, u32 bytes, Barrier *at) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)), "l"(from),
+                 "r"(bytes), "r"(shared_address(at))
+                 : "memory");
+}
+
+// 4 or 8 bytes for this thread alone, as `copy_16`
+template <int bytes> DEVICE void copy_own(u8 *to, const u8 *from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(bytes) : "memory");
+}
 // registers are as they should be for the products to come
 DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void products_end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
