@@ -122,6 +122,13 @@ DEVICE void multiply_bytes(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// to the last bit or two
+DEVICE float reciprocal(float value) {
+    float out;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(value));
+    return out;
+}
+
 DEVICE float from_fp16(u16 value) {
     float out;
     asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(value));

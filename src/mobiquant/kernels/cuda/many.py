@@ -125,6 +125,11 @@ def dense(x: Float[Tensor, "T K"], weight: Tiles, depth: Int[Tensor, " T"] | int
     return torch.empty_like(sorted_y).index_copy_(0, order, sorted_y)
 
 
+def fused_is_faster(tokens: int, weight: Tiles, depth: Int[Tensor, " T"] | int) -> bool:
+    """Whether `fused` was the faster one on an H200 (docs/kernels.md): where depths are mixed, or many rows wait for few tokens."""
+    return not isinstance(depth, int) or (tokens <= 128 and weight.rows >= 2 * weight.columns)
+
+
 def product(x: Float[Tensor, "T K"], weight: Tiles, depth: Int[Tensor, " T"] | int) -> Float[Tensor, "T N"]:
     """`x` [T, K] in fp16 or bf16 by the weight, token t at `depth[t]` (from 1)."""
-    return (fused if has_warpgroups(x.device) else dense)(x, weight, depth)
+    return (fused if has_warpgroups(x.device) and fused_is_faster(x.shape[0], weight, depth) else dense)(x, weight, depth)

@@ -17,6 +17,15 @@ DEVICE void score_part(const Params &p, const Shared &s, int part) {
         float energy[NT] = {};
         for (int tile = part * WARPS + warp; tile < p.column_tiles; tile += WARPS * p.parts) {
             const u8 *from = r.weight + ((u64)hidden_tile * p.column_tiles + tile) * 2048 + lane * 16;
+            // asked for first: a trip through memory beside that of the weights
+            Four own[NT] = {};
+            const int column = tile * 64 + lane % 8 * 8;
+#pragma unroll
+            for (int c = 0; c < NT; c++) {
+                const int token = c * 4 + lane / 8;
+                if (hidden_tile == 0 && token < p.tokens && column < p.columns)
+                    own[c] = load_fresh((const Four *)(p.x + (u64)token * p.columns + column));
+            }
             Inputs in;
             load_inputs(in, p, s, tile, lane);
             constexpr int groups = GROUP < 64 ? 64 / GROUP : 1;
@@ -43,15 +52,11 @@ DEVICE void score_part(const Params &p, const Shared &s, int part) {
             }
 #pragma unroll
             for (int c = 0; c < NT; c++) {
-                const int token = c * 4 + lane / 8, column = tile * 64 + lane % 8 * 8;
-                if (hidden_tile == 0 && token < p.tokens && column < p.columns) {
-                    const Four four = load_fresh((const Four *)(p.x + (u64)token * p.columns + column));
-                    const u32 twos[4] = {four.x, four.y, four.z, four.w};
+                const u32 twos[4] = {own[c].x, own[c].y, own[c].z, own[c].w};
 #pragma unroll
-                    for (int i = 0; i < 8; i++) {
-                        const float v = wide((u16)(twos[i / 2] >> (16 * (i % 2))));
-                        energy[c] = fmaf(v, v, energy[c]);
-                    }
+                for (int i = 0; i < 8; i++) {
+                    const float v = wide((u16)(twos[i / 2] >> (16 * (i % 2))));
+                    energy[c] = fmaf(v, v, energy[c]);
                 }
             }
         }
@@ -67,11 +72,13 @@ DEVICE void score_part(const Params &p, const Shared &s, int part) {
         for (int i = threadIdx.x; i < HIDDEN_TILE * TOKENS; i += THREADS) {
             const int token = i / HIDDEN_TILE, unit = hidden_tile * HIDDEN_TILE + i % HIDDEN_TILE;
             float total = 0;
+#pragma unroll
             for (int w = 0; w < WARPS; w++) total += s.sums[place_of(w, token, i % HIDDEN_TILE)];
             if (unit < r.hidden) store_whole(partial + unit * TOKENS + token, {__float_as_uint(total), number});
         }
         for (int token = threadIdx.x; hidden_tile == 0 && token < TOKENS; token += THREADS) {
             float total = 0;
+#pragma unroll
             for (int w = 0; w < WARPS; w++) total += energies[w * TOKENS + token];
             store_whole(partial + r.hidden * TOKENS + token, {__float_as_uint(total), number});
         }
@@ -112,11 +119,13 @@ DEVICE void gather_parts(const Params &p, float *gathered, u32 number) {
     const int sums = p.router.hidden + 1, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (int i = warp; i < p.tokens * p.parts; i += WARPS) {
         const int token = i / p.parts, part = i % p.parts;
-        for (int unit = lane; unit < sums; unit += 32) {
-            const Two *from = p.router.partial + (part * sums + unit) * TOKENS + token;
-            Two found = load_whole(from);
-            while (found.y != number) pause(), found = load_whole(from);
+        const Two *from = p.router.partial + part * sums * TOKENS + token, *energy = from + p.router.hidden * TOKENS;
+        for (int unit = lane; unit < p.router.hidden; unit += 32) {
+            // both at once: the energy is one more than the lanes
+            Two found = load_whole(from + unit * TOKENS), with = load_whole(energy);
+            while (found.y != number || with.y != number) pause(), found = load_whole(from + unit * TOKENS), with = load_whole(energy);
             gathered[i * sums + unit] = __uint_as_float(found.x);
+            if (unit == 0) gathered[i * sums + p.router.hidden] = __uint_as_float(with.x);
         }
     }
     __syncthreads();

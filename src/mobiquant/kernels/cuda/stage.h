@@ -41,8 +41,9 @@ DEVICE void stage_eight(const Params &p, const Shared &s, const Four &four, int 
         const u32 other = shuffle_xor(most, by);
         most = most > other ? most : other;
     }
-    const float largest = __uint_as_float(most), scale = largest < 1e-33f ? 0 : largest / STEPS;
-    const float inverse = largest < 1e-33f ? 0 : STEPS / largest;
+    // a last bit more or less of the inverse moves no number by more than its rounding does: whole numbers stay below 2^15
+    const float largest = __uint_as_float(most), scale = largest < 1e-33f ? 0 : largest * (1.0f / STEPS);
+    const float inverse = largest < 1e-33f ? 0 : STEPS * reciprocal(largest);
     u32 bits[8];
     int sum = 0;
 #pragma unroll
