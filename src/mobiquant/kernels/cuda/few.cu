@@ -5,7 +5,7 @@
 //
 //     y = 2^(BASE - 8) sum over groups of s (sum_k code_k x_k + (half a cell - first half - zero) sum_k x_k)
 //
-// How. x is taken to 16 bits with a scale for each token and group, as two planes of signed bytes (`stage.h`)
+// How. x is taken to 16 bits with a scale for each token and group, as two planes of signed bytes (`stage.h`; `bytes.cu` for many)
 // x = scale (256 high + low): the error is below that of storing y. Products are then whole numbers on the tensor cores, weights
 // being their wide side (m16n8k32), the two planes of up to four tokens their eight columns. A code needs no conversion:
 // shifting and masking a word gives four of them (`pieces.h`).
@@ -240,7 +240,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER) few(const __grid_cons
     }
     let_next_begin();
     wait_for_last();
-    stage(p, s, [&] { bring(p, s.wanted[1]); });
+    if (p.staged) {
+        for (int i = threadIdx.x * 16; i < staged_bytes(p); i += THREADS * 16) copy_16(s.x + i, p.staged + i);
+        copies_end();
+        bring(p, s.wanted[1]);
+        wait_for_copies<0>();
+    } else stage(p, s, [&] { bring(p, s.wanted[1]); });
     __syncthreads();
     const bool routed = is_routed(p, s.wanted[1], lane);
     int deepest = routed ? 1 : look_up(p, s, t, s.wanted[1].cap, lane);

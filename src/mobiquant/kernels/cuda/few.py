@@ -42,7 +42,7 @@ def parameters(pieces: int) -> type[ctypes.Structure]:
         _fields_ = [(n, address) for n in names] + [("hidden", whole), ("scores", whole)]
 
     class Params(ctypes.Structure):
-        _fields_ = [("members", Member * MEMBERS), ("router", Router)] + [(n, address) for n in ("x", "tau", "cap", "read")] \
+        _fields_ = [("members", Member * MEMBERS), ("router", Router)] + [(n, address) for n in ("x", "staged", "tau", "cap", "read")] \
             + [(n, whole) for n in ("tokens", "columns", "column_tiles", "groups", "entries", "depths", "parts")] \
             + [(n, whole) for n in ("before", "per")]  # fmt: skip
 
@@ -92,14 +92,18 @@ class Group:
                 setattr(p.router, name, tensor.data_ptr())
             p.router.hidden, p.router.scores = hidden, stored.out.shape[0]
 
+    def staged(self, tokens: int) -> int:
+        """Bytes of x in bytes, with scale and sum of each group."""
+        columns = -(-self.params.column_tiles // 2) * 2 * COLUMNS
+        return 2 * tokens * (columns + 64) + columns // self.group_size * 4 * fours(tokens) * 8
+
     def memory(self, tokens: int) -> int:
-        """Bytes of shared memory for so many tokens: tiles on their way, x in bytes, scale and sum of x in each group, sums of
-        warps, twice, depths, thresholds and caps, and the router but for its first matrix."""
+        """Bytes of shared memory for so many tokens: tiles on their way, x in bytes, sums of warps, twice, depths, thresholds
+        and caps, and the router but for its first matrix."""
         p, padded, (warps, _) = self.params, 4 * fours(tokens), SHAPES[fours(tokens)]
-        columns = -(-p.column_tiles // 2) * 2 * COLUMNS
         scoring = p.router.hidden * (p.router.scores + 3) + p.router.scores
         floats = 2 * warps * padded * 33 + padded + scoring
-        return warps * RING + 2 * tokens * (columns + 64) + columns // self.group_size * padded * 8 + floats * 4 + WANTED
+        return warps * RING + self.staged(tokens) + floats * 4 + WANTED
 
     def fits(self) -> int:
         """Tokens that one launch takes: 16, or fewer where shared memory does not hold x of so many, or 0."""
@@ -110,12 +114,12 @@ class Group:
         """Tokens that a call takes, in as many launches as are needed; 0 where shared memory does not hold x of four."""
         return MOST if self.fits() else 0
 
-    def kernel(self, dtype: torch.dtype, tokens: int) -> compiler.Kernel:
-        """The kernel for a dtype of activations and up to 4, 8 or 16 tokens."""
+    def kernel(self, dtype: torch.dtype, tokens: int, name: str = "few") -> compiler.Kernel:
+        """The kernel for a dtype of activations and up to 4, 8 or 16 tokens, or the one before it, `bytes`."""
         warps, per = SHAPES[fours(tokens)]
         how = int(dtype == torch.bfloat16), fours(tokens), warps, per, RING
         more = zip(("BF16", "NT", "WARPS", "PER", "RING"), how, strict=True)
-        return compiler.kernel("few", (*self.definitions, *more), self.device.index or 0)
+        return compiler.kernel(name, (*self.definitions, *more), self.device.index or 0)
 
     def __call__(
         self, x: Float[Tensor, "T K"], tau: Float32[Tensor, " P"], cap: Int64[Tensor, " P"], read: Float64[Tensor, "P E"]
@@ -129,6 +133,10 @@ class Group:
             raise ValueError(f"{tokens} tokens of {p.columns} columns: a call takes {self.most()}")
         out = [x.new_empty(tokens, one.rows) for one in self.members]
         p.tau, p.cap, p.read, p.entries = tau.data_ptr(), cap.data_ptr(), read.data_ptr(), tau.numel()
+        # each block makes its own of few tokens
+        apart = fours(min(fits, tokens)) > 1
+        held = x.new_empty(self.staged(min(fits, tokens)), dtype=torch.uint8) if apart else None
+        p.staged = 0 if held is None else held.data_ptr()
         for first in range(0, tokens, max(fits, 1)):
             count = min(fits, tokens - first)
             for to, one in zip(p.members, out, strict=False):
@@ -144,6 +152,9 @@ class Group:
         blocks = self.processors
         # a warp scores one tile of columns; sums of all parts lie in shared memory where those of warps do
         p.parts = min(blocks, -(-p.column_tiles // warps), max(1, 2 * 33 * warps // (p.router.hidden + 1)))
+        if p.staged:
+            eights = tokens * -(-p.column_tiles // 4) * 32  # of each token, in whole warps
+            self.kernel(dtype, tokens, "bytes").launch(-(-eights // (warps * LANES)), warps * LANES, p, overlap=True)
         self.kernel(dtype, tokens).launch(blocks, warps * LANES, p, self.memory(tokens), overlap=True)
 
 

@@ -40,6 +40,7 @@ struct Params {
     Member members[MEMBERS];
     Router router;
     const u16 *x;          // [tokens, columns]
+    u8 *staged;            // x in bytes as in shared memory, made by `bytes.cu`; null where each block makes its own
     const float *tau;      // [entries]
     const long long *cap;  // [entries]
     double *read;          // [entries, depths]: weights read at each depth
@@ -87,6 +88,8 @@ struct Shared {
 
 DEVICE int panels_of(const Params &p) { return (p.column_tiles + 1) / 2; }
 DEVICE int x_stride(const Params &p) { return panels_of(p) * PANEL + BESIDE; }
+// x in bytes with scale and sum of each group
+DEVICE int staged_bytes(const Params &p) { return 2 * p.tokens * x_stride(p) + panels_of(p) * (PANEL / GROUP) * TOKENS * (int)sizeof(Pair); }
 
 constexpr int SUMS = WARPS * TOKENS * STRIDE;
 
