@@ -42,7 +42,8 @@ def parameters(pieces: int) -> type[ctypes.Structure]:
         _fields_ = [(n, address) for n in names] + [("hidden", whole), ("scores", whole)]
 
     class Params(ctypes.Structure):
-        _fields_ = [("members", Member * MEMBERS), ("router", Router)] + [(n, address) for n in ("x", "staged", "tau", "cap", "read")] \
+        _fields_ = [("members", Member * MEMBERS), ("router", Router)] \
+            + [(n, address) for n in ("x", "staged", "tau", "cap", "read")] \
             + [(n, whole) for n in ("tokens", "columns", "column_tiles", "groups", "entries", "depths", "parts")] \
             + [(n, whole) for n in ("before", "per")]  # fmt: skip
 

@@ -126,7 +126,7 @@ def dense(x: Float[Tensor, "T K"], weight: Tiles, depth: Int[Tensor, " T"] | int
 
 
 def fused_is_faster(tokens: int, weight: Tiles, depth: Int[Tensor, " T"] | int) -> bool:
-    """Whether `fused` was the faster one on an H200 (docs/kernels.md): where depths are mixed, or many rows wait for few tokens."""
+    """Whether `fused` was faster on an H200 (docs/kernels.md): where depths are mixed, or for many rows and few tokens."""
     return not isinstance(depth, int) or (tokens <= 128 and weight.rows >= 2 * weight.columns)
 
 
