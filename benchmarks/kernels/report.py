@@ -83,17 +83,21 @@ def draw(path: Path, found: dict[str, Any], rows: list[Row]) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, 5), dpi=150)
-    for name, bits in dict.fromkeys((row.name, row.bits if row.name in ("fixed",) else None) for row in rows):
+    series = dict.fromkeys((row.name, row.bits if row.name == "fixed" else None) for row in rows)
+    for i, (name, bits) in enumerate(series):
         own = sorted((r for r in rows if r.name == name and (bits is None or r.bits == bits)), key=lambda r: r.tokens)
-        label = name if bits is None else f"{bits:g} bits"
+        how = {"label": name if bits is None else f"{bits:g} bits", "color": f"C{i}"}
         if name == "fixed" or name.startswith(("bf16", "int4", "mixed")):
-            left.plot([r.tokens for r in own], [r.microseconds / 1e3 for r in own], marker="o", label=label)
+            left.plot([r.tokens for r in own], [r.microseconds / 1e3 for r in own], marker="o", **how)
         few = [r for r in own if r.tokens <= 16]
-        right.plot([r.bytes / 1e9 for r in few], [r.microseconds / 1e3 for r in few], "o", label=label)
+        if few:
+            right.plot([r.bytes / 1e9 for r in few], [r.microseconds / 1e3 for r in few], "o", **how)
     most = max((row.bytes for row in rows), default=1.0)
     right.plot([0, most / 1e9], [0, most / found["copy"] * 1e3], "k:", label="speed of a copy")
     left.set_xscale("log", base=2)
     left.set_yscale("log")
+    left.set_xticks(sorted({row.tokens for row in rows}))
+    left.xaxis.set_major_formatter("{x:g}")
     left.set_xlabel("tokens")
     right.set_xlabel("GB of weights read")
     for panel in (left, right):
