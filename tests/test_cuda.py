@@ -206,6 +206,20 @@ def test_tokens_that_shared_memory_does_not_hold_take_several_launches(device, m
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_launches_of_one_group_do_not_take_each_others_scores(device):
+    case = Case((64, 40), 192, (2, 1, 1, 2, 2), 64, device)
+    x = case.x(4, torch.float16)
+    for number, own in enumerate((x, -x, x.flip(0), x.flip(1)), 1):
+        assert int(case.group.state[0]) == number
+        made, _ = case.run(own, [-0.1], [5])
+        depth = case.group.depth[:4].clone()
+        alone = Case((64, 40), 192, (2, 1, 1, 2, 2), 64, device)
+        for y, other in zip(made, alone.run(own, [-0.1], [5])[0], strict=True):
+            assert torch.equal(y, other)
+        assert torch.equal(depth, alone.group.depth[:4])
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_one_token_alone_at_full_depth(device):
     case = Case((64,), 192, (2, 1, 1, 2, 2), 64, device, routed=False)
     for tokens, alone in ((4, 2), (7, 0), (16, 15)):
