@@ -221,7 +221,7 @@ DEVICE bool is_routed(const Params &p, const Wanted &wanted, int lane) {
 extern "C" __global__ void __launch_bounds__(THREADS, PER) few(const __grid_constant__ Params p) {
     SHARED_BYTES(memory);
     const Shared s = carve(memory, p);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, blocks = gridDim.x, tiles = row_tiles_of(p), own = blockIdx.x;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, blocks = gridDim.x, tiles = row_tiles_of(p), own = blocks - 1 - (int)blockIdx.x;
     u8 *ring = s.ring + warp * RING;
     Tokens t;
     Rows y = {};

@@ -96,13 +96,14 @@ DEVICE void count(const Params &p, int token, int depth) {
     atomicAdd(p.read + entry_of(p, token) * p.depths + depth - 1, weights);
 }
 
-// which part of the columns this block scores, if any: the last blocks do, which have no more rows than others
-DEVICE int part_of(const Params &p) { return (int)blockIdx.x - ((int)gridDim.x - p.parts); }
+// Which part of the columns this block scores, if any. The first blocks do: they are the first to be there, so that blocks that wait
+// for them always can, whatever else runs on the device. Rows are shared out from the other end, so these have no more than others.
+DEVICE int part_of(const Params &p) { return (int)blockIdx.x < p.parts ? (int)blockIdx.x : -1; }
 
 // ask for what this block will score, and take the rest of the router to shared memory; neither depends on a launch before
 DEVICE void prepare_scores(const Params &p, const Shared &s) {
     const Router &r = p.router;
-    for (int own = part_of(p) * WARPS; own >= 0 && own < p.column_tiles; own += WARPS * p.parts) {
+    for (int own = part_of(p) * WARPS; part_of(p) >= 0 && own < p.column_tiles; own += WARPS * p.parts) {
         const int left = p.column_tiles - own, tiles = left < WARPS ? left : WARPS;
         for (int hidden_tile = threadIdx.x; hidden_tile * HIDDEN_TILE < r.hidden; hidden_tile += THREADS)
             prefetch((const u8 *)r.weight + ((u64)hidden_tile * p.column_tiles + own) * 2048, tiles * 2048);
