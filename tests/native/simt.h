@@ -221,7 +221,6 @@ inline u16 to_bf16(float v) {
 inline float raised_byte(u32 word, int which) { return __uint_as_float(0x4b000000u | (word >> (8 * which) & 255)); }
 inline float whole_byte(u32 word, int which) { return (float)(word >> (8 * which) & 255); }
 inline u8 *aligned_1024(u8 *shared) { return (u8 *)(((uintptr_t)shared + 1023) & ~(uintptr_t)1023); }
-inline Four load_kept(const Four *from) { return *from; }
 
 // tiles arrive when their barrier is waited for
 struct Barrier {

@@ -19,10 +19,8 @@ HERE = Path(__file__).parent
 LEAST_MEMORY = 48 << 10
 # compute capability of the GPUs with products of four warps
 HOPPER = (9, 0)
-FOLDER, HEADERS = (
-    "MOBIQUANT_CACHE",
-    ("types.h", "device.h", "pieces.h", "launch.h", "ring.h", "stage.h", "score.h", "warpgroup.h", "runs.h"),
-)
+FOLDER = "MOBIQUANT_CACHE"
+HEADERS = ("types.h", "device.h", "pieces.h", "launch.h", "ring.h", "stage.h", "score.h", "warpgroup.h", "runs.h")
 
 
 def cache_folder() -> Path:

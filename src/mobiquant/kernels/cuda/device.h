@@ -38,12 +38,6 @@ DEVICE u32 fetch_one(const u8 *from, bool wanted) {
     return to;
 }
 
-// what is read again soon
-DEVICE Four load_kept(const Four *from) {
-    const uint4 to = __ldg((const uint4 *)from);
-    return {to.x, to.y, to.z, to.w};
-}
-
 // what another block may have written in this launch, or a launch before while this one was waiting for it
 template <class T> DEVICE T load_fresh(const T *from) { return __ldcg(from); }
 DEVICE Four load_fresh(const Four *from) {
@@ -177,3 +171,4 @@ DEVICE bool warp_all(bool value) { return __all_sync(~0u, value); }
 // numbers of the dtype that a kernel is compiled for
 DEVICE float wide(u16 value) { return BF16 ? from_bf16(value) : from_fp16(value); }
 DEVICE u16 narrow(float value) { return BF16 ? to_bf16(value) : to_fp16(value); }
+DEVICE u32 narrow_two(float low, float high) { return BF16 ? two_bf16(low, high) : two_fp16(low, high); }

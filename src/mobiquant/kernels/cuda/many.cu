@@ -15,7 +15,7 @@
 #include "runs.h"
 
 constexpr int ROWS = 128, WARPS = 8, THREADS = 32 * WARPS + 32, STAGES = 6, BUFFERS = 6;
-constexpr int SCALES = 64, ZEROS = 32, GROUPS = GROUP < 64 ? 64 / GROUP : 1;  // bytes of a group of 32 rows; groups of a tile
+constexpr int GROUPS = GROUP < 64 ? 64 / GROUP : 1;  // of a tile
 constexpr int X_BYTES = TOKENS * 128, OUT_STRIDE = ROWS * 2 + 16;
 constexpr int STAGE_BYTES = words_before(PIECES) * 64 + GROUPS * 256;  // of a warp
 static_assert(TOKENS * OUT_STRIDE <= BUFFERS * X_BYTES, "results take the place of x");
@@ -26,7 +26,7 @@ struct Params {
     const u8 *scale, *zero;    // fp16, uint8 [row tiles][groups][8][4]
     const u8 *x;               // of `arrange.cu` [tiles, steps, TOKENS * 128]
     u16 *out;                  // [tokens, rows]
-    int rows, columns, column_tiles, groups, steps;
+    int rows, column_tiles, groups, steps;
 };
 
 // what a warp of products works on: half m of a row tile
@@ -77,8 +77,6 @@ template <int last, int piece = 0> DEVICE void take_words(u32 *words, const u8 *
 }
 
 // ---- weights
-
-DEVICE u32 narrow_two(float low, float high) { return BF16 ? two_bf16(low, high) : two_fp16(low, high); }
 
 // what makes weights of the codes of a row: the lower end of its byte, in raised bytes, and the step of a byte
 struct Row {

@@ -76,7 +76,7 @@ def fused_parameters(pieces: int) -> tuple[type[ctypes.Structure], type[ctypes.S
 
     class Many(ctypes.Structure):
         _fields_ = [("runs", Runs), ("pieces", address * pieces)] + [(n, address) for n in ("scale", "zero", "x", "out")] \
-            + [(n, whole) for n in ("rows", "columns", "column_tiles", "groups", "steps")]  # fmt: skip
+            + [(n, whole) for n in ("rows", "column_tiles", "groups", "steps")]  # fmt: skip
 
     return Arrange, Many
 
@@ -105,7 +105,7 @@ def fused(x: Float[Tensor, "T K"], weight: Tiles, depth: Int[Tensor, " T"] | int
     for i, piece in enumerate(weight.pieces):
         p.pieces[i] = piece.data_ptr()
     p.scale, p.zero, p.x, p.out = weight.scale.data_ptr(), weight.zero.data_ptr(), laid.data_ptr(), out.data_ptr()
-    p.rows, p.columns = weight.rows, columns
+    p.rows = weight.rows
     stage = sum(weight.slices) * 128 + max(1, COLUMNS // weight.group_size) * 256
     # x lies at multiples of 1024; barriers are the last
     memory = 1024 + BUFFERS * (own * COLUMNS * 2 + 16) + WARPS * STAGES * stage

@@ -5,6 +5,7 @@
 
 #pragma once
 
+constexpr int SCALES = 64, ZEROS = 32;  // bytes of a group of 32 rows
 constexpr int WIDTH[] = {WIDTHS}, DEPTH[] = {DEPTHS}, END[] = {ENDS};
 
 constexpr int words_before(int piece) {

@@ -6,8 +6,6 @@
 
 #pragma once
 
-constexpr int SCALES = 64, ZEROS = 32;  // bytes of a group of 32 rows
-
 // bytes of the pieces first .. last - 1 of a tile
 template <int first, int last> constexpr int codes_bytes() { return (words_before(last) - words_before(first)) * 128; }
 

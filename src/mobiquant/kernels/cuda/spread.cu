@@ -20,8 +20,6 @@ struct Params {
     int slots, rows, columns, column_tiles, groups;
 };
 
-DEVICE u32 narrow_two(float low, float high) { return BF16 ? two_bf16(low, high) : two_fp16(low, high); }
-
 // what a slot makes of a code: value = scale * (code / 2^(8 - BASE) - shift), with the bits below its depth put to zero
 struct Reading {
     u32 mask;    // of the bits of four codes
