@@ -346,6 +346,12 @@ def test_kernels_that_fail_or_are_wrong_are_not_used_and_say_why(device, monkeyp
     place = torch.device(device)
     product.failing.cache_clear()
     assert product.failing((2, 1, 1, 2, 2), 64, torch.float16, place) == ""
+    if many.has_warpgroups(place):
+        fused = many.fused
+        monkeypatch.setattr(many, "fused", lambda *args: 1.1 * fused(*args))
+        product.failing.cache_clear()
+        assert "wrong products on this device (error 0.1)" in product.failing((2, 1, 1, 2, 2), 64, torch.float16, place)
+        monkeypatch.setattr(many, "fused", fused)
     product.failing.cache_clear()
     right = few.Group.__call__
     monkeypatch.setattr(few.Group, "__call__", lambda *args: [1.1 * y for y in right(*args)])

@@ -57,7 +57,12 @@ def failing(slices: tuple[int, ...], group_size: int, dtype: torch.dtype, device
             for depth in (1, len(slices)):
                 wanted = x.float() @ s.read(code, scale, zero, slices, group_size, depth).T
                 every = torch.full((3,), depth, device=device)
-                for made in (product(x.to(device), laid, every), many.product(x.to(device), laid, depth)):
+                own = x.to(device)
+                # every way, whichever this shape would take
+                ways = [product(own, laid, every), many.dense(own, laid, depth)]
+                if many.has_warpgroups(device):
+                    ways.append(many.fused(own, laid, every))
+                for made in ways:
                     error = (made.float().cpu() - wanted).norm() / wanted.norm()
                     if not error < WRONG:
                         return f"the GPU kernels give wrong products on this device (error {float(error):.2g})"
