@@ -126,7 +126,7 @@ def random_router(columns, hidden, outputs, seed=0):
 
 def layer(form, columns=40, rows=24, owns_router=True, bias=None, seed=0):
     """A layer of random weights, bias and router, the router's scores spread around zero."""
-    made = MobiLinear(columns, rows, form, owns_router, bias)
+    made = MobiLinear(columns, rows, form, columns if owns_router else None, bias)
     weight = normal(rows, columns, seed=seed) / columns**0.5
     scale, zero = clip.min_max(weight, form.slices, form.group_size)
     code = s.encode(weight, scale, zero, form.slices, form.group_size)

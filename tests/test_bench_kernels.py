@@ -19,7 +19,8 @@ def bench(monkeypatch):
 
 
 @needs_compiler
-def test_a_run_on_tiny_shapes_makes_its_page(bench, tmp_path, monkeypatch):
+@pytest.mark.parametrize("routers", ["per-block", "per-input"])
+def test_a_run_on_tiny_shapes_makes_its_page(bench, tmp_path, monkeypatch, routers):
     emulate(monkeypatch)
     import layers
 
@@ -28,7 +29,7 @@ def test_a_run_on_tiny_shapes_makes_its_page(bench, tmp_path, monkeypatch):
         monkeypatch.setattr(sys.modules[module], "median", lambda work, *_: (work(), 10.0)[1])
     monkeypatch.setattr(layers.Stack, "aim", lambda self, replay, bits: self.tau.fill_(0.0))
     said = []
-    found, rows, speeds = bench.run(torch.device("cpu"), "tiny", (1, 20), "tiny", 8, said.append)
+    found, rows, speeds = bench.run(torch.device("cpu"), "tiny", (1, 20), routers, "tiny", 8, said.append)
     assert {row.name for row in rows} == {"fixed", "all at one width, with routers", "routed", "mixed", "bf16 (torch)"}
     assert [one.name for one in speeds][:3] == ["bf16", "2 bits", "2 bits, with routers"] and len(said) == len(rows) + len(
         speeds

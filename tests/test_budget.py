@@ -12,7 +12,8 @@ from torch import nn
 
 from mobiquant import budget, router
 from mobiquant.config import Checkpoint, Format, InputError
-from mobiquant.linear import MobiLinear, Precision
+from mobiquant.knob import Precision
+from mobiquant.linear import MobiLinear
 
 FORM = Format(slices=(2, 1, 1, 2, 2), group_size=16, router_hidden=4)
 INF = math.inf
@@ -42,7 +43,7 @@ class Model(nn.Module):
         precision = Precision(form.widths)
         for one in (self.first, self.second):
             one.attach(precision, self.first)
-        stored = Checkpoint(form, (("first", "second"),), table(form) if thresholds is None else thresholds)
+        stored = Checkpoint(form, (("first", "second"),), (0,), table(form) if thresholds is None else thresholds)
         # transformers hands back an object of its own with a to_dict
         self.config = SimpleNamespace(quantization_config=SimpleNamespace(to_dict=stored.to_dict) if as_dict else stored)
 
@@ -202,7 +203,7 @@ def test_a_measured_table_reads_what_is_asked():
             shares = torch.bincount(depth - 1, minlength=5) / len(depth)
             rows.append([budget.average_bits(shares.tolist(), FORM.widths, c) for c in range(1, cap + 1)])
         regions.append({"cap": cap, "tau": taus, "bits": rows})
-    model.config.quantization_config = Checkpoint(FORM, (("first", "second"),), tuple(regions))
+    model.config.quantization_config = Checkpoint(FORM, (("first", "second"),), (0,), tuple(regions))
     for bits in (2, 2.3, 2.7, 3, 3.5, 3.8, 4, 4.5, 5.2, 6, 7, 7.6, 8):
         budget.set_precision(model, bits)
         model(x)

@@ -139,7 +139,7 @@ def test_the_module_is_the_command(tmp_path):
     assert ran.stdout == run("info", small.quantised(), "--json").out
     ran = python("quantize", "x", "-o", tmp_path / "out", "--routers", "none")
     assert (ran.returncode, ran.stdout) == (2, "")
-    assert ran.stderr == "mobiquant: routers 'none' are unknown: choose per-input or per-linear\n"
+    assert ran.stderr == "mobiquant: routers 'none' are unknown: choose per-block, per-input or per-linear\n"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -275,13 +275,13 @@ def test_a_damaged_or_newer_checkpoint_is_refused(damaged, verb, damage):
     data = bytearray(weights.read_bytes())
     if damage == "newer":
         text = (damaged / "config.json").read_text()
-        (damaged / "config.json").write_text(text.replace('"format_version": 1', '"format_version": 2'))
+        (damaged / "config.json").write_text(text.replace('"format_version": 2', '"format_version": 3'))
     elif damage == "truncated":
         weights.write_bytes(data[:-100])
     else:
         data[-1000] ^= 16
         weights.write_bytes(data)
-    named = {"newer": ("version 2", "upgrade"), "truncated": ("damaged",), "flipped": ("tensor", "not what was written")}[
+    named = {"newer": ("version 3", "upgrade"), "truncated": ("damaged",), "flipped": ("tensor", "not what was written")}[
         damage
     ]
     refused(verb(source=damaged), *named)

@@ -51,7 +51,7 @@ class Case:
             drawn = random_router(columns, 32, len(slices) - 1)
             self.router = router.Router(**{name: part.to(device) for name, part in vars(drawn).items()})
         scoring = tiles.prepare_router(self.router) if routed else None
-        self.group = few.Group([laid(weight) for weight in self.weights], self.biases, scoring)
+        self.group = few.Group([laid(weight) for weight in self.weights], self.biases, [scoring] if scoring else [])
         self.depths, self.device, self.columns = len(slices), torch.device(device), columns
 
     def x(self, tokens, dtype, seed=0):
@@ -142,7 +142,7 @@ def test_the_router_decides_as_in_torch_and_mixed_depths_are_right(rows, columns
     tau = between(score)
     made, read = case.run(x, [tau], [5])
     depth = router.depths(score, torch.tensor([tau], device=x.device), torch.tensor([5], device=x.device))
-    assert torch.equal(case.group.depth[:tokens].long(), depth)
+    assert torch.equal(case.group.depths[0, :tokens].long(), depth)
     assert read[0].tolist() == [int((depth == d).sum()) for d in range(1, 6)]
     case.check(x, made, depth.cpu())
     again, _ = case.run(x, [tau], [5])
@@ -190,13 +190,13 @@ def test_tokens_that_shared_memory_does_not_hold_take_several_launches(device, m
     x = case.x(10, torch.float16)
     tau, cap = [SHUT, -0.2, 0.1, SHUT, 0.3], [1, 5, 5, 4, 3]
     together, counted = case.run(x, tau, cap)
-    depth = case.group.depth.clone()
+    depth = case.group.depths.clone()
     case.group.limit = case.group.memory(4)
     assert case.group.fits() == 4 and case.group.most() == 16
     apart, again = case.run(x, tau, cap)
     for y, other in zip(together, apart, strict=True):
         assert torch.equal(y, other)
-    assert torch.equal(counted, again) and torch.equal(case.group.depth, depth)
+    assert torch.equal(counted, again) and torch.equal(case.group.depths, depth)
     # where few tokens take more memory than many, by their warps, none are taken that would not fit
     monkeypatch.setattr(few, "SHAPES", {1: (8, 1), 2: (4, 1), 4: (4, 1)})
     case.group.limit = case.group.memory(16)
@@ -212,11 +212,11 @@ def test_launches_of_one_group_do_not_take_each_others_scores(device):
     for number, own in enumerate((x, -x, x.flip(0), x.flip(1)), 1):
         assert int(case.group.state[0]) == number
         made, _ = case.run(own, [-0.1], [5])
-        depth = case.group.depth[:4].clone()
+        depth = case.group.depths[0, :4].clone()
         alone = Case((64, 40), 192, (2, 1, 1, 2, 2), 64, device)
         for y, other in zip(made, alone.run(own, [-0.1], [5])[0], strict=True):
             assert torch.equal(y, other)
-        assert torch.equal(depth, alone.group.depth[:4])
+        assert torch.equal(depth, alone.group.depths[0, :4])
 
 
 @pytest.mark.parametrize("device", DEVICES)

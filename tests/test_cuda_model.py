@@ -27,7 +27,7 @@ def device(request, monkeypatch):
 
 @pytest.fixture
 def model(request, tmp_path, device):
-    routers = getattr(request, "param", "per-input")
+    routers = getattr(request, "param", "per-block")
     made = tiny.quantize(tmp_path, format=Format(group_size=32, routers=routers))
     return torch.nn.Module.to(torch.nn.Module.to(made, DTYPE), device)
 
@@ -45,7 +45,7 @@ def logits(model, ids):
         return model(ids.to(next(model.parameters()).device), use_cache=False).logits.float().cpu()
 
 
-@pytest.mark.parametrize("model", ["per-input", "per-linear"], indirect=True)
+@pytest.mark.parametrize("model", ["per-block", "per-input", "per-linear"], indirect=True)
 @pytest.mark.parametrize("length", [3, 20])
 def test_a_model_says_what_it_says_without_kernels(model, length):
     ids = tiny.tokens(1, length)
@@ -59,7 +59,7 @@ def test_a_model_says_what_it_says_without_kernels(model, length):
         assert mobiquant.bits_read(model, reset=True) == pytest.approx(expected, abs=0.25)
 
 
-@pytest.mark.parametrize("model", ["per-input", "per-linear"], indirect=True)
+@pytest.mark.parametrize("model", ["per-block", "per-input", "per-linear"], indirect=True)
 def test_layers_of_one_input_take_one_launch(model, monkeypatch):
     # the first product of a format is preceded by others that try it
     logits(model, tiny.tokens(1, 2))

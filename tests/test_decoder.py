@@ -28,8 +28,8 @@ BUDGETS = ((2, False), (4, False), (8, False), (2.75, True), (5, True))
 def model(request, tmp_path_factory):
     # a window of attention longer than any text here
     changes = {"sliding_window": 64} if request.param == "mistral" else {}
-    made = tiny.model(request.param, **changes)
-    return tiny.quantize(tmp_path_factory.mktemp(request.param), made, format=Format(group_size=32))
+    made, routers = tiny.model(request.param, **changes), "per-input" if request.param == "qwen2" else "per-block"
+    return tiny.quantize(tmp_path_factory.mktemp(request.param), made, format=Format(group_size=32, routers=routers))
 
 
 @pytest.fixture(params=library.instructions())

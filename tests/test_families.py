@@ -94,12 +94,13 @@ def test_queries_keys_and_values_of_llama_share_one_input_and_one_router(tmp_pat
     "form",
     [
         Format(group_size=32, routers="per-linear"),
+        Format(group_size=32, routers="per-input"),
         Format(slices=(2, 2, 2, 2), group_size=16),
         Format(group_size=256),
         Format(group_size=40, slices=(4, 4)),
         Format(group_size=64, slices=(2, 2), router_hidden=3),
     ],
-    ids=["router for each layer", "slices of the paper", "group beyond K", "short last group", "four bits"],
+    ids=["routers of layers", "routers of inputs", "slices of the paper", "group beyond K", "short last group", "four bits"],
 )
 def test_formats_survive_saving_and_serve_their_budgets(tmp_path, form):
     model = tiny.model()

@@ -27,7 +27,7 @@ LISTS = [(2, 1, 1, 2, 2), (2, 2, 2, 2), (4, 4), (7, 1)]
 
 def mobilinear(slices=(2, 1, 1, 2, 2), rows=12, columns=40, group=16):
     form = Format(slices=slices, group_size=group)
-    layer = MobiLinear(columns, rows, form, owns_router=False)
+    layer = MobiLinear(columns, rows, form)
     code = torch.randint(0, 2 ** sum(slices), (rows, columns), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
     groups = s.groups(columns, group)
     zero = torch.randint(0, 256, (rows, groups), generator=torch.Generator().manual_seed(2)).to(torch.uint8)

@@ -16,7 +16,7 @@ HOME = Path(mobiquant.__file__).parent
 FILES = sorted(HOME.rglob("*.py"))
 # a module imports only those to its left; names on one level do not import each other
 ORDER = (
-    "_register|slices|progress|kernels|kernels.cpu|kernels.cuda",
+    "_register|slices|progress|knob|kernels|kernels.cpu|kernels.cuda",
     "kernels.descent|kernels.grid|kernels.divergence|kernels.cpu.library",
     "kernels.cpu.product",
     "pack|clip|compensate|config",

@@ -5,11 +5,14 @@ import math
 
 import pytest
 import torch
-from helpers import layer, normal, snr_db
+from helpers import layer, normal, random_router, snr_db
 from torch import nn
 
+from mobiquant import clip, matmul, router
+from mobiquant import slices as s
 from mobiquant.config import Format
-from mobiquant.linear import MobiLinear, Precision
+from mobiquant.knob import Precision
+from mobiquant.linear import MobiLinear
 
 FORM = Format(slices=(2, 1, 1, 2, 2), group_size=16, router_hidden=4)
 INF = math.inf
@@ -127,7 +130,7 @@ def test_a_change_works_after_inference_mode():
 
 def test_a_layer_made_without_data_has_a_precision():
     with torch.device("meta"):
-        made = MobiLinear(40, 24, FORM, owns_router=True)
+        made = MobiLinear(40, 24, FORM, router_columns=40)
     assert made.planes_0.is_meta
     assert made.precision.get() == ([-INF], [5])
 
@@ -211,6 +214,50 @@ def test_followers_read_the_depths_of_the_owner():
     assert sum(name.endswith("router_weight") for name in made.state_dict()) == 1
 
 
+def ahead():
+    """Layers of two inputs, 40 and 24 columns, whose routers read the first one."""
+    first, second, later = layer(FORM), layer(FORM, seed=2), MobiLinear(24, 16, FORM, router_columns=40)
+    weight = normal(16, 24, seed=7)
+    scale, zero = clip.min_max(weight, FORM.slices, FORM.group_size)
+    later.set_weight(s.encode(weight, scale, zero, FORM.slices, FORM.group_size), scale, zero, None)
+    later.set_router(random_router(40, FORM.router_hidden, FORM.router_outputs, seed=9))
+    precision = Precision(FORM.widths)
+    first.attach(precision, first)
+    second.attach(precision, second, first)
+    later.attach(precision, later, first)
+    return nn.ModuleList([first, second, later])
+
+
+def test_routers_that_read_the_first_input_decide_when_it_comes():
+    made, x, y = ahead(), normal(50, 40), normal(50, 24, seed=3)
+    made[0].precision.set([0.0], [4])
+    for one, other in zip(made, (x, normal(50, 40, seed=5), y), strict=True):
+        wanted = router.depths(router.scores(x, one.get_router()), torch.tensor([0.0]), torch.tensor([4]))
+        assert torch.equal(one.depths(other, 1), wanted) and len(wanted.unique()) >= 3
+    assert snr_db(matmul.reference(y, made[2].packed(), wanted), made[2](y)) > 45
+    # sequences of a batch keep their own limits
+    made[0].precision.set([0.0, -INF], [4, 2])
+    made[0](x.view(2, 25, 40))
+    depth = made[2].depths(y, 2)
+    assert torch.equal(depth[:25], wanted[:25]) and depth[25:].tolist() == [2] * 25
+
+
+@pytest.mark.parametrize("what", ["nothing", "other tokens", "another precision", "a copy"])
+def test_a_layer_whose_tokens_nobody_decided_about_says_so(what):
+    made, x, y = ahead(), normal(50, 40), normal(50, 24)
+    made[0].precision.set([0.0], [5])
+    if what != "nothing":
+        made[0](x[:20] if what == "other tokens" else x)
+    if what == "another precision":
+        made[0].precision.set([0.1], [5])
+    if what == "a copy":
+        made = copy.deepcopy(made)
+    with pytest.raises(RuntimeError, match="50 tokens for which the first layer of its block has decided nothing"):
+        made[2](y)
+    made[0].precision.set([-INF], [2])
+    made[2](y)
+
+
 def test_deepcopy_keeps_what_layers_share():
     made, x = family(), normal(50, 40)
     made[0].precision.set([0.0], [5])
@@ -226,7 +273,7 @@ def test_deepcopy_keeps_what_layers_share():
 
 
 def test_a_truncated_layer_reads_like_the_full_one():
-    full, short = layer(FORM), MobiLinear(40, 24, FORM.truncated(4), owns_router=True)
+    full, short = layer(FORM), MobiLinear(40, 24, FORM.truncated(4), router_columns=40)
     kept = {name: tensor for name, tensor in full.state_dict().items() if name not in ("planes_3", "planes_4")}
     short.load_state_dict(kept, strict=True)
     assert short.get_router().out.shape == (2, FORM.router_hidden)

@@ -26,7 +26,7 @@ def opened(made, form=FORM, original=None):
     return routing.opened(passes.Pair.of(made, original or tiny.model()), form, owners, 0.5, HOST)
 
 
-@pytest.mark.parametrize("routers", ["per-input", "per-linear"])
+@pytest.mark.parametrize("routers", ["per-block", "per-input", "per-linear"])
 @pytest.mark.parametrize(("tau", "cap"), [(float("-inf"), 1), (float("-inf"), 5), (-3.0, 3), (-7.0, 5), (1e9, 5)])
 def test_gated_layers_read_what_quantised_ones_do(tmp_path, routers, tau, cap):
     form = replace(FORM, routers=routers)

@@ -45,10 +45,16 @@ def check(device: str, model: str, whole_model: str | None) -> torch.device:
 
 
 def run(
-    device: torch.device, model: str, tokens: tuple[int, ...], whole_model: str | None, prompt: int, say: Callable[[str], None]
+    device: torch.device,
+    model: str,
+    tokens: tuple[int, ...],
+    routers: str,
+    whole_model: str | None,
+    prompt: int,
+    say: Callable[[str], None],
 ) -> tuple[dict[str, Any], list[layers.Row], list[whole.Speed]]:
     """Measure everything; lines of progress go to `say`."""
-    found: dict[str, Any] = {"model": model, "whole": whole_model, "copy": clock.copy_bandwidth(device)}
+    found: dict[str, Any] = {"model": model, "whole": whole_model, "routers": routers, "copy": clock.copy_bandwidth(device)}
     shape, rows = MODELS[model], []
 
     def add(row: layers.Row | None) -> None:
@@ -57,7 +63,7 @@ def run(
             bits = "" if row.bits is None else f", {row.bits:.2f} bits"
             say(f"{row.name}, {row.tokens} tokens{bits}: {row.microseconds:.0f} us")
 
-    stack = layers.Stack(shape, device)
+    stack = layers.Stack(shape, device, routers)
     for count in tokens:
         if count <= 16:
             for row in layers.decode(stack, count, (2, 3, 4, 8), (2.5, 3.0, 4.0)):
@@ -73,7 +79,7 @@ def run(
         for count in tokens:
             add(layers.bf16(weights, inputs[count], device, shape.weights))
             add(layers.tinygemm(weights, inputs[count], device, shape.weights) if count <= 16 else None)
-    speeds = whole.measure(MODELS[whole_model], device, prompt, (2, 3, 4), 4) if whole_model else []
+    speeds = whole.measure(MODELS[whole_model], device, prompt, (2, 3, 4), 4, routers) if whole_model else []
     for one in speeds:
         say(f"{whole_model}, {one.name}: {one.tokens_per_second:.1f} tokens/s")
     return found, rows, speeds
@@ -82,6 +88,7 @@ def run(
 def kernels(
     model: Annotated[str, typer.Option(help=f"Shapes of the layers: {', '.join(MODELS)}.")] = "llama-2-7b",
     tokens: Annotated[str, typer.Option(help="Tokens of a product, with commas.")] = "1,8,16,64,512",
+    routers: Annotated[str, typer.Option(help="What routers read: per-block or per-input.")] = "per-block",
     whole_model: Annotated[str, typer.Option("--whole", help="Model whose step is timed too, or none.")] = "llama-3-8b",
     prompt: Annotated[int, typer.Option(help="Tokens before those that are timed.")] = 512,
     device: Annotated[str, typer.Option(help="Where to measure: cuda, cuda:1.")] = "cuda",
@@ -95,10 +102,12 @@ def kernels(
     Example: python benchmarks/kernels --model llama-2-7b --tokens 1,8 -o docs/results
     """
     chosen = None if whole_model == "none" else whole_model
+    if routers not in ("per-block", "per-input"):
+        raise InputError(f"routers '{routers}' are not timed here: choose per-block or per-input")
     place = check(device, model, chosen)
     say = lambda line: err.print(line, markup=False, highlight=False)  # noqa: E731
-    found, rows, speeds = run(place, model, numbers(tokens), chosen, prompt, say)
-    command = f"python benchmarks/kernels --model {model} --tokens {tokens} --whole {whole_model}"
+    found, rows, speeds = run(place, model, numbers(tokens), routers, chosen, prompt, say)
+    command = f"python benchmarks/kernels --model {model} --tokens {tokens} --routers {routers} --whole {whole_model}"
     say(f"written: {report.write(output, name, found, rows, speeds, command)}")
 
 

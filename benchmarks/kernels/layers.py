@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from mobiquant import router
+from mobiquant.config import Format
 from mobiquant.kernels.cuda import few, many, tiles
 
-SLICES, WIDTHS, GROUP, HIDDEN = (2, 1, 1, 2, 2), (2, 3, 4, 6, 8), 128, 32
+SLICES, WIDTHS, GROUP, HIDDEN = (2, 1, 1, 2, 2), (2, 3, 4, 6, 8), 128, Format().router_hidden
 SHUT, OPEN = float("-inf"), -1e30
 DTYPE = torch.bfloat16
 
@@ -61,23 +62,43 @@ def random_router(columns: int, generator: torch.Generator) -> router.Router:
     )
 
 
-class Stack:
-    """The layers of all blocks, and the inputs that they are given."""
+@dataclass
+class Launch:
+    """The layers of one input: with routers, without, and where the depths of its tokens lie once they are decided."""
 
-    def __init__(self, model: Model, device: torch.device, seed: int = 0):
-        self.model, self.device = model, device
+    input: Input
+    routed: few.Group
+    plain: few.Group
+    decided: Tensor
+    ahead: bool
+
+
+class Stack:
+    """The layers of all blocks, and the inputs that they are given; routers are `config.Format.routers`."""
+
+    def __init__(self, model: Model, device: torch.device, routers: str = "per-block", seed: int = 0):
+        self.model, self.device, self.routers = model, device, routers
         generator = torch.Generator(device).manual_seed(seed)
         self.generator = generator
-        self.groups: list[tuple[Input, few.Group, few.Group]] = []
+        self.launches: list[Launch] = []
         for _ in range(model.blocks):
-            for one in model.inputs:
-                laid = [random_tiles(rows, one.columns, generator) for rows in one.rows]
-                scoring = tiles.prepare_router(random_router(one.columns, generator))
-                none = [None] * len(laid)
-                self.groups.append((one, few.Group(laid, none, scoring), few.Group(laid, none, None)))
+            self.launches += self._block(generator)
         self.tau = torch.full((1,), SHUT, device=device)
         self.cap = torch.full((1,), len(SLICES), device=device)
         self.read = torch.zeros(1, len(SLICES), dtype=torch.float64, device=device)
+
+    def _block(self, generator: torch.Generator) -> list[Launch]:
+        made: list[Launch] = []
+        ahead = self.routers == "per-block"
+        for i, one in enumerate(self.model.inputs):
+            laid = [random_tiles(rows, one.columns, generator) for rows in one.rows]
+            none: list[Tensor | None] = [None] * len(laid)
+            count = (0 if i else len(self.model.inputs)) if ahead else 1
+            scoring = [tiles.prepare_router(random_router(one.columns, generator)) for _ in range(count)]
+            routed = few.Group(laid, none, scoring)
+            decided = made[0].routed.depths[i] if ahead and i else routed.depths[0]
+            made.append(Launch(one, routed, few.Group(laid, none), decided, ahead and i > 0))
+        return made
 
     def inputs(self, tokens: int) -> dict[int, Tensor]:
         """Random activations by their columns."""
@@ -88,8 +109,10 @@ class Stack:
         """Every product of every block; with routers or without."""
 
         def run() -> Any:
-            for one, scored, plain in self.groups:
-                made = (scored if routed else plain)(x[one.columns], self.tau, self.cap, self.read)
+            for one in self.launches:
+                given = one.decided if routed and one.ahead else None
+                group = one.routed if routed else one.plain
+                made = group(x[one.input.columns], self.tau, self.cap, self.read, given)
             return made
 
         return run
@@ -97,11 +120,14 @@ class Stack:
     def bits_read(self, replay: Callable[[], Any]) -> tuple[float, float]:
         """Mean bits that the tokens of one replay read, and the mean over launches of the deepest token's."""
         self.read.zero_()
+        for one in self.launches:
+            # tokens of a larger batch before
+            one.decided.fill_(1)
         replay()
         shares = (self.read[0] / self.read.sum()).tolist()
         mean = sum(share * width for share, width in zip(shares, WIDTHS, strict=True))
-        sizes = [float(sum(one.rows) * one.columns) for one, _, _ in self.groups]
-        most = [WIDTHS[int(scored.depth.max()) - 1] for _, scored, _ in self.groups]
+        sizes = [float(sum(one.input.rows) * one.input.columns) for one in self.launches]
+        most = [WIDTHS[int(one.decided.max()) - 1] for one in self.launches]
         return mean, sum(size * width for size, width in zip(sizes, most, strict=True)) / sum(sizes)
 
     def aim(self, replay: Callable[[], Any], bits: float) -> None:
@@ -116,7 +142,7 @@ class Stack:
 
     def bytes(self, bits: float, routed: bool) -> float:
         """Bytes of weights at a width, with scales and zero points and the routers that decide."""
-        scoring = sum(HIDDEN * one.columns for one, _, _ in self.groups) if routed else 0
+        scoring = sum(HIDDEN * one.input.columns * len(one.routed.routers) for one in self.launches) if routed else 0
         return self.model.weights * (bits + 24 / GROUP) / 8 + scoring
 
 
@@ -140,7 +166,7 @@ def decode(stack: Stack, tokens: int, fixed: tuple[int, ...], routed: tuple[floa
 def prefill(stack: Stack, tokens: int, fixed: tuple[int, ...]) -> Iterator[Row]:
     """Rows of many tokens of the first block's layers, times the number of blocks."""
     x, device, count = stack.inputs(tokens), stack.device, len(stack.model.inputs)
-    layers = [(one.columns, laid) for one, group, _ in stack.groups[:count] for laid in group.members]
+    layers = [(one.input.columns, laid) for one in stack.launches[:count] for laid in one.plain.members]
     drawn = torch.randint(1, 4, (tokens,), device=device, generator=stack.generator)
 
     def run(depth: Any) -> Callable[[], Any]:

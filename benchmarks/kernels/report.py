@@ -20,7 +20,7 @@ def page(found: dict[str, Any], rows: list[Row], speeds: list[Speed], command: s
         ", ".join(f"{name} {value}" for name, value in machine.items())
         + f". A copy moves {copy / 1e9:.0f} GB/s, read and written bytes counted.",
         f"All linear layers of {found['model']}, every block with weights of its own, medians over replays of one CUDA graph, "
-        "activations in bf16, groups of 128, slices 2,1,1,2,2.", "",
+        f"activations in bf16, groups of 128, slices 2,1,1,2,2, routers {found['routers']}.", "",
         "| | tokens | bits read | deepest | microseconds | tokens/s | to bf16 | GB | % of the copy |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]  # fmt: skip

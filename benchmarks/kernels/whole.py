@@ -35,7 +35,7 @@ def random_model(model: Model, device: torch.device) -> LlamaForCausalLM:
         return LlamaForCausalLM._from_config(config, dtype=DTYPE).eval().requires_grad_(False)
 
 
-def quantise_at_random(model: LlamaForCausalLM, slices: tuple[int, ...]) -> None:
+def quantise_at_random(model: LlamaForCausalLM, slices: tuple[int, ...], routers: str) -> None:
     """Random quantised layers, routed as in a checkpoint, in the place of the linear ones."""
     names = [
         tuple(f"model.layers.{i}.{part}" for part in parts)
@@ -45,8 +45,8 @@ def quantise_at_random(model: LlamaForCausalLM, slices: tuple[int, ...]) -> None
             ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",),
         )
     ]  # fmt: skip
-    form = Format(slices=slices, group_size=GROUP)
-    checkpoint.build_layers(model, Checkpoint(form, tuple(names)))
+    form = Format(slices=slices, group_size=GROUP, routers=routers)  # type: ignore[arg-type]
+    checkpoint.build_layers(model, Checkpoint(form, tuple(names), tuple(range(0, len(names), 4))))
     for layer in mobilinears(model).values():
         for name, buffer in layer.named_buffers():
             if name.startswith("planes_"):
@@ -72,13 +72,13 @@ def resident(model: nn.Module, linears: bool) -> int:
     return total
 
 
-def measure(model: Model, device: torch.device, prompt: int, bits: tuple[int, ...], max_bits: int) -> list[Speed]:
+def measure(model: Model, device: torch.device, prompt: int, bits: tuple[int, ...], max_bits: int, routers: str) -> list[Speed]:
     """Speeds of the bf16 model and of the quantised one at fixed widths, loaded with the slices of `max_bits`."""
     found, made = [], random_model(model, device)
     tokens = torch.randint(0, int(model.config["vocab_size"]), (1, prompt), device=device)
     found.append(_speed("bf16", made, tokens))
     kept = Format(slices=SLICES, group_size=GROUP).truncated(max_bits).slices
-    quantise_at_random(made, kept)
+    quantise_at_random(made, kept, routers)
     gc.collect()
     widths = Format(slices=kept, group_size=GROUP).widths
     for width in bits:

@@ -45,7 +45,8 @@ def make(
         model.save_pretrained(floats)
         words.save_pretrained(floats)
     names = [tuple(f"model.layers.{i}.{part}" for part in parts) for i in range(blocks) for parts in PARTS]
-    stored = Checkpoint(form, tuple(names), calibration={"recipe": "random", "model": name})
+    begins = tuple(range(0, len(names), len(PARTS)))
+    stored = Checkpoint(form, tuple(names), begins, calibration={"recipe": "random", "model": name})
     checkpoint.build_layers(model, stored)
     quantizer.make_quantized(model, replace(stored, thresholds=_fill(model, form)), words, [])
     model.save_pretrained(folder)

@@ -19,7 +19,8 @@ from typing import Any
 from torch import nn
 
 from mobiquant.config import Checkpoint, Format, InputError
-from mobiquant.linear import MobiLinear, Precision, mobilinears
+from mobiquant.knob import Precision
+from mobiquant.linear import MobiLinear, mobilinears
 
 SMALL_LOAD_BITS = 4
 MARGIN = 1e-4

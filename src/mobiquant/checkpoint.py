@@ -25,7 +25,8 @@ from torch import nn
 
 from mobiquant import blocks, pack
 from mobiquant.config import QUANT_METHOD, Checkpoint, Format, InputError
-from mobiquant.linear import MobiLinear, Precision, mobilinears
+from mobiquant.knob import Precision
+from mobiquant.linear import MobiLinear, mobilinears
 
 # every tensor of a quantised layer, by the end of its name; e counts slices from 0
 TENSORS = {
@@ -33,7 +34,7 @@ TENSORS = {
     "scale": "float16 [N, G], base step of each group",
     "zero": "uint8 [N, G], zero point in units of 2^(b_1 - 8) base steps",
     "bias": "[N] in the dtype of the model, where the layer has one",
-    "router_weight": "int8 [h, K], hidden layer, in the owner of a shared input only, as all router tensors",
+    "router_weight": "int8 [h, K of the input it reads], hidden layer, in the owner of a shared input only, as all of a router",
     "router_weight_scale": "float16 [h], one step for each row of router_weight",
     "router_rms": "float32 [h], weight of log rms(x)",
     "router_bias": "float32 [h]",
@@ -46,22 +47,23 @@ _PLANE = re.compile(r"\.planes_(\d+)$")
 
 def build_layers(model: nn.Module, stored: Checkpoint) -> Precision:
     """Put empty quantised layers in the place of the linear layers that the checkpoint lists, wired to one precision."""
-    precision = Precision(stored.format.widths)
+    precision, read = Precision(stored.format.widths), stored.read_by_routers()
+    columns_of: dict[str, int] = {}
     for names in stored.inputs:
-        made: list[MobiLinear] = []
         for name in names:
             try:
                 old = model.get_submodule(name)
             except AttributeError:
                 raise InputError(f"the checkpoint lists a layer '{name}' that {type(model).__name__} does not have") from None
-            rows, columns = blocks.weight_of(old).shape
+            rows, columns_of[name] = blocks.weight_of(old).shape
             bias = getattr(old, "bias", None)
-            owns = stored.format.routers == "per-linear" or not made
+            router_columns = columns_of[read[name]] if name in read else None
             with torch.device(old.weight.device):  # type: ignore[arg-type]
-                layer = MobiLinear(columns, rows, stored.format, owns, None if bias is None else bias.dtype)
-            layer.attach(precision, layer if owns else made[0])
+                layer = MobiLinear(columns_of[name], rows, stored.format, router_columns, None if bias is None else bias.dtype)
             blocks.replace(model, name, layer)
-            made.append(layer)
+            owner = layer if name in read else model.get_submodule(names[0])
+            first = model.get_submodule(read[name]) if name in read else None
+            layer.attach(precision, owner, first)  # type: ignore[arg-type]
     return precision
 
 

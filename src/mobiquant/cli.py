@@ -92,7 +92,7 @@ def quantize(
     sequence_length: WindowLength = None,
     group_size: Annotated[int, typer.Option(help="Weights that share a scale, a multiple of 8.")] = 128,
     slices: Annotated[str, typer.Option(help="Widths of the slices in bits, base first, at most 8 in sum.")] = "2,1,1,2,2",
-    routers: Annotated[str, typer.Option(help="per-input (layers of one input share) or per-linear.")] = "per-input",
+    routers: Annotated[str, typer.Option(help="per-block (the first input decides), per-input, per-linear.")] = "per-block",
     epochs: Annotated[int, typer.Option(help="Passes over the samples in each stage of the paper recipe.")] = 20,
     target_bits: Annotated[float, typer.Option(help="Average bits that the paper recipe trains its routers for.")] = 3.0,
     sweeps: Annotated[int, typer.Option(help="Coordinate-descent passes of the fast recipe.")] = 1,

@@ -12,8 +12,9 @@ from mobiquant import slices as s
 # stands between the names of several calibration texts
 BETWEEN = " + "
 QUANT_METHOD = "mobiquant"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 RECIPES = ("fast", "paper", "full")
+ROUTERS = ("per-block", "per-input", "per-linear")
 
 
 class InputError(ValueError):
@@ -24,13 +25,14 @@ class InputError(ValueError):
 class Format:
     """How the weights of a checkpoint are stored. Raises InputError on settings that cannot be.
 
-    `router_outputs` is the number of scores that stored routers give; more than `len(slices) - 1` only where a checkpoint
-    was loaded without its last slices.
+    `routers` says what they read: `per-block`, the input of a block's first layers, one router for each input of the block;
+    `per-input`, the input itself; `per-linear`, the same with a router for each layer. `router_outputs` is the number of
+    scores that stored routers give; more than `len(slices) - 1` only where a checkpoint was loaded without its last slices.
     """
 
     slices: tuple[int, ...] = (2, 1, 1, 2, 2)
     group_size: int = 128
-    routers: Literal["per-input", "per-linear"] = "per-input"
+    routers: Literal["per-block", "per-input", "per-linear"] = "per-block"
     router_hidden: int = 16
     router_outputs: int | None = None
 
@@ -44,8 +46,8 @@ class Format:
             raise InputError(
                 f"a group size of {self.group_size} is not usable: give a positive multiple of 8, such as 64 or 128"
             )
-        if self.routers not in ("per-input", "per-linear"):
-            raise InputError(f"routers '{self.routers}' are unknown: choose per-input or per-linear")
+        if self.routers not in ROUTERS:
+            raise InputError(f"routers '{self.routers}' are unknown: choose {', '.join(ROUTERS[:-1])} or {ROUTERS[-1]}")
         if self.router_hidden < 1:
             raise InputError(f"a router width of {self.router_hidden} is not usable: give 1 or more hidden units")
         if self.router_outputs is None:
@@ -170,22 +172,37 @@ class Training:
 class Checkpoint:
     """Everything but tensors: the `quantization_config` of a `config.json`.
 
-    `inputs` lists the quantised linears, those that read the same input together, the owner of a shared router first.
-    `thresholds` is the table of `budget.py`; `skipped` maps layers left as they were to the reason.
+    `inputs` lists the quantised linears, those that read the same input together, the owner of a shared router first;
+    `blocks` are the places in it where blocks begin. `thresholds` is the table of `budget.py`; `skipped` maps layers left as
+    they were to the reason.
     """
 
     format: Format
     inputs: tuple[tuple[str, ...], ...]
+    blocks: tuple[int, ...] = ()
     thresholds: tuple[dict[str, Any], ...] = ()
     skipped: dict[str, str] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
+    def read_by_routers(self) -> dict[str, str]:
+        """Owner of a router -> the layer whose input the router reads: itself, or the first layer of the block."""
+        if self.format.routers == "per-linear":
+            return {name: name for names in self.inputs for name in names}
+        if self.format.routers == "per-input":
+            return {names[0]: names[0] for names in self.inputs}
+        if self.inputs and (not self.blocks or self.blocks[0] != 0):
+            raise InputError("the checkpoint does not say where its blocks begin: quantise the model again")
+        ends = (*self.blocks[1:], len(self.inputs))
+        spans = [self.inputs[begin:end] for begin, end in zip(self.blocks, ends, strict=True)]
+        return {names[0]: span[0][0] for span in spans for names in span}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON, `quant_method` and `format_version` first."""
         head = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
         rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "format"}
-        return {**head, **asdict(self.format), **rest, "inputs": [list(names) for names in self.inputs]}
+        rest |= {"inputs": [list(names) for names in self.inputs], "blocks": list(self.blocks)}
+        return {**head, **asdict(self.format), **rest}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Checkpoint":
@@ -199,9 +216,10 @@ class Checkpoint:
             )
         try:
             form = Format(**({f.name: values[f.name] for f in fields(Format)} | {"slices": tuple(values["slices"])}))
-            rest = {f.name: values[f.name] for f in fields(cls) if f.name not in ("format", "inputs", "thresholds")}
+            rest = {f.name: values[f.name] for f in fields(cls) if f.name not in ("format", "inputs", "blocks", "thresholds")}
             inputs = tuple(tuple(names) for names in values["inputs"])
-            return cls(form, inputs, tuple(values["thresholds"]), **rest)
+            # before version 2 no router read another layer's input
+            return cls(form, inputs, tuple(values.get("blocks", ())), tuple(values["thresholds"]), **rest)
         except (KeyError, TypeError) as error:
             raise InputError(
                 f"the quantization_config of the checkpoint is damaged ({error}): quantise the model again"

@@ -183,6 +183,7 @@ class Decoder:
             made.linear[place] = library.weight_of(planes, *parts[-2:], bias, *shape)
             if layer.owner is not before:
                 made.router[place] = self._router(layer)
+                made.ahead = made.ahead or bool(layer.owner.first)
             before = layer.owner
         made.first_norm, made.second_norm = (
             self._floats(block.get_submodule(name).weight) for name in ("input_layernorm", "post_attention_layernorm")
@@ -201,7 +202,7 @@ class Decoder:
                 for part in (found.weight, found.weight_scale, found.rms, found.bias, found.out, found.out_bias)
             )
         )
-        made.hidden, made.outputs, made.columns = found.weight.shape[0], found.out.shape[0], layer.in_features
+        made.hidden, made.outputs, made.columns = found.weight.shape[0], found.out.shape[0], found.weight.shape[1]
         return made
 
     def _head(self, head: nn.Linear) -> library.Weight:

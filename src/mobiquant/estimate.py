@@ -89,7 +89,7 @@ def estimate(
     work = _work(skeleton, stack, groups, form, settings, device)
     if training is not None:
         _add_training(work, skeleton, len(stack), form, settings, training, device)
-    checkpoint.build_layers(skeleton, Checkpoint(form, tuple(inputs)))
+    checkpoint.build_layers(skeleton, Checkpoint(form, tuple(inputs), tuple(range(0, len(inputs), len(groups) or 1))))
     sizes = _sizes(skeleton, form, dtype)
     loading = parameters * ((4 + dtype.itemsize) if is_gguf else dtype.itemsize)
     standing = parameters * dtype.itemsize + max(sizes["size_gb"].values()) * GB + work["streams"]

@@ -1,14 +1,14 @@
 """The quantised linear layer: holds planes, scales and perhaps a router, and reads at the precision it is told.
 
 What: `MobiLinear` replaces `nn.Linear` (or GPT-2's `Conv1D`). Its buffers are exactly the stored tensors. Layers that read
-the same input share the router of their owner; a layer computes the depth of its tokens itself, so that nothing is passed
-between layers and any order of calls is right.
+the same input share the router of their owner. That router reads the same input, or that of the first layers of the block
+(`Format.routers`): these then decide for all layers of the block as it begins, and hand each owner the depths of its tokens.
 
-`Precision` is one object for a whole model: a threshold and a depth cap as device tensors, changed in place, and counters
-of the bits read. A change needs no recompilation, repacking or reloading.
+Why ahead: a decision takes longer than the weights of a layer do. Made ahead, it costs later layers nothing, and their slices
+are on their way before their input is there.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,99 +18,13 @@ from torch import Tensor, nn
 from mobiquant import matmul, pack, router
 from mobiquant import slices as s
 from mobiquant.config import Format
+from mobiquant.knob import Precision
 
 if TYPE_CHECKING:
     from mobiquant.kernels.cuda.few import Group
     from mobiquant.kernels.cuda.tiles import Tiles
 
 ROUTER_PREFIX = "router_"
-
-
-class Precision:
-    """Threshold `tau` (fp32) and depth `cap` (int64): one entry for all tokens, or one for each sequence of a batch.
-
-    Counters hold, for each entry and depth, how many weights were read at it: tokens times layer size.
-    """
-
-    def __init__(self, widths: tuple[int, ...]):
-        self.widths = widths
-        self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        # [entries, E] on each device for routed calls; for fixed ones, and for entries that are no more, [E] on the host
-        self._read: dict[torch.device, Tensor] = {}
-        self._read_fixed = [0.0] * len(widths)
-        self._tau = torch.empty(0)
-        self.changes = 0
-        self.set([float("-inf")], [len(widths)])
-
-    def set(self, tau: Sequence[float], cap: Sequence[int]) -> None:
-        """Change thresholds and caps, in place on every device already in use where their number stays the same."""
-        self.changes += 1
-        if len(tau) != self._tau.numel():
-            self._sum_entries()
-            self._read.clear()
-        # the device is named because transformers builds models where tensors have no data by default
-        self._tau = torch.tensor(tau, dtype=torch.float32, device="cpu")
-        self._cap = torch.tensor(cap, dtype=torch.int64, device="cpu")
-        # known on the host: whether routers have work, and the depth where every token reads the same
-        self.routed = any(t != float("-inf") for t in tau)
-        self.fixed = None if self.routed or len(set(cap)) > 1 else int(cap[0])
-        for device, (old_tau, old_cap) in list(self._copies.items()):
-            if old_tau.shape == self._tau.shape:
-                old_tau.copy_(self._tau)
-                old_cap.copy_(self._cap)
-            else:
-                del self._copies[device]
-
-    def get(self) -> tuple[list[float], list[int]]:
-        """Thresholds and caps as plain numbers, for `set`."""
-        return self._tau.tolist(), self._cap.tolist()
-
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Thresholds and caps on a device; the same tensors at every call while their number stays the same."""
-        if device not in self._copies:
-            # made as ordinary tensors, so that they can be changed in place after a first use under inference_mode
-            with torch.inference_mode(False):
-                self._copies[device] = self._tau.to(device, copy=True), self._cap.to(device, copy=True)
-        return self._copies[device]
-
-    def record(self, depth: Int[Tensor, " T"] | int, tokens: int, size: int) -> None:
-        """Count what `tokens` tokens read in a layer of `size` weights; no host synchronisation."""
-        if isinstance(depth, int):
-            self._read_fixed[depth - 1] += tokens * size
-            return
-        every = torch.arange(1, len(self.widths) + 1, device=depth.device)
-        opened = depth.view(self._tau.numel(), -1, 1) == every  # [entries, tokens of each, E]
-        self.counter(depth.device).add_(opened.sum(1).double() * size)
-
-    def counter(self, device: torch.device) -> Float[Tensor, "entries E"]:
-        """The counters of a device, fp64; the same tensor at every call while the number of entries stays the same."""
-        if device not in self._read:
-            with torch.inference_mode(False):
-                shape = self._tau.numel(), len(self.widths)
-                self._read[device] = torch.zeros(shape, dtype=torch.float64, device=device)
-        return self._read[device]
-
-    def _sum_entries(self) -> None:
-        """Move the counters of all entries into one sum, in place: a captured graph may hold their addresses."""
-        for counts in self._read.values():
-            self._read_fixed = [fixed + count for fixed, count in zip(self._read_fixed, counts.sum(0).tolist(), strict=True)]
-            counts.zero_()
-
-    def depth_shares(self, reset: bool = False) -> list[float]:
-        """Share of weights read at each depth since the last reset; all zero before any token."""
-        self._sum_entries()
-        counts = self._read_fixed
-        if reset:
-            self._read_fixed = [0.0] * len(self.widths)
-        total = sum(counts) or 1.0
-        return [count / total for count in counts]
-
-    def entry_counts(self) -> Float[Tensor, "entries E"]:
-        """Weights that routed calls read at each depth for each entry, since their number changed or the last reset."""
-        counts = torch.zeros(self._tau.numel(), len(self.widths), dtype=torch.float64, device="cpu")
-        for on_device in self._read.values():
-            counts += on_device.cpu()
-        return counts
 
 
 class MobiLinear(nn.Module):
@@ -120,7 +34,9 @@ class MobiLinear(nn.Module):
     `router_*` where the layer owns a router (`router.shapes`).
     """
 
-    def __init__(self, columns: int, rows: int, form: Format, owns_router: bool, bias: torch.dtype | None = None):
+    def __init__(
+        self, columns: int, rows: int, form: Format, router_columns: int | None = None, bias: torch.dtype | None = None
+    ):  # fmt: skip
         super().__init__()
         self.in_features, self.out_features, self.format = columns, rows, form
         self.scale: Tensor
@@ -133,8 +49,8 @@ class MobiLinear(nn.Module):
         self.register_buffer("zero", torch.zeros(rows, count, dtype=torch.uint8))
         self.register_buffer("bias", None if bias is None else torch.zeros(rows, dtype=bias))
         self.router_names: tuple[str, ...] = ()
-        if owns_router:
-            entries = router.shapes(columns, form.router_hidden, form.router_outputs or 0)
+        if router_columns is not None:
+            entries = router.shapes(router_columns, form.router_hidden, form.router_outputs or 0)
             for name, (shape, dtype) in entries.items():
                 self.register_buffer(ROUTER_PREFIX + name, torch.zeros(shape, dtype=dtype))
             self.router_names = tuple(entries)
@@ -142,22 +58,36 @@ class MobiLinear(nn.Module):
         # tuples hide layers from torch, or their tensors would be listed twice
         self._owner: tuple[MobiLinear, ...] = ()
         self._others: tuple[MobiLinear, ...] = ()
+        # whose input the router of this owner reads, where it is another's; owners whose routers read that of this one
+        self._first: tuple[MobiLinear, ...] = ()
+        self._later: tuple[MobiLinear, ...] = ()
+        # what was decided for the tokens of this owner at the beginning of the block, and in what state
+        self._decided: tuple[tuple[int, int], Tensor] | None = None
         # on CUDA: the weight as kernels read it, in place of the planes; of an owner, what one launch takes and has made ahead
         self._tiles: Tiles | None = None
         self._group: Group | None = None
         self._ahead: tuple[Tensor, tuple[int, int], dict[int, Tensor]] | None = None
 
-    def attach(self, precision: Precision, owner: "MobiLinear") -> None:
-        """Join a model: its precision, and the layer whose router decides for this one (itself, maybe)."""
+    def attach(self, precision: Precision, owner: "MobiLinear", first: "MobiLinear | None" = None) -> None:
+        """Join a model: its precision, the layer whose router decides for this one (itself, maybe), and for an owner the layer
+        whose input that router reads, where it is another's."""
         self.precision = precision
         self._owner = () if owner is self else (owner,)
         if owner is not self:
             owner._others = (*(other for other in owner._others if other is not self), self)
+        if first is not None and first is not self:
+            self._first = (first,)
+            first._later = (*(other for other in first._later if other is not self), self)
 
     @property
     def owner(self) -> "MobiLinear":
         """The layer that holds the router of this one."""
         return self._owner[0] if self._owner else self
+
+    @property
+    def first(self) -> "tuple[MobiLinear, ...]":
+        """The layer whose input the router of this owner reads, where it is another's."""
+        return self._first
 
     @property
     def members(self) -> "tuple[MobiLinear, ...]":
@@ -179,8 +109,9 @@ class MobiLinear(nn.Module):
 
     def release(self) -> None:
         """Turn what the CUDA kernels read back into planes."""
-        owner = self.owner
-        owner._group = owner._ahead = None
+        # routers lie in the group of the layer whose input they read
+        for layer in (self.owner, *self.owner._first):
+            layer._group = layer._ahead = None
         if self._tiles is not None:
             self._buffers |= {f"planes_{e}": plane for e, plane in enumerate(self._planes())}
             self._tiles = None
@@ -194,8 +125,9 @@ class MobiLinear(nn.Module):
             return tiles.restore(self._tiles)[0]
 
     def __getstate__(self) -> dict[str, Any]:
-        # copies and pickles hold planes
+        # copies and pickles hold planes, and nothing of a pass
         self.release()
+        self._decided = None
         return self.__dict__
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -251,18 +183,37 @@ class MobiLinear(nn.Module):
     def depths(self, x: Float[Tensor, "T K"], sequences: int | None) -> Int[Tensor, " T"] | int:
         """Depth of each token, or one number where all read the same; `sequences` is None where tokens came flattened.
 
-        Raises ValueError where precision is set for another number of sequences.
+        The first layer of a block decides for later ones too. Raises ValueError where precision is set for another number of
+        sequences, RuntimeError where the first layer of the block has not been called with these tokens.
         """
         precision = self.precision
         if precision.fixed is not None:
             return precision.fixed
         tau, cap = precision.on(x.device)
+        repeat = self._check_sequences(tau.numel(), x.shape[0], sequences)
         if tau.numel() > 1:
-            repeat = self._check_sequences(tau.numel(), x.shape[0], sequences)
             tau, cap = tau.repeat_interleave(repeat), cap.repeat_interleave(repeat)
         if not precision.routed:
             return cap
+        if self.owner._first:
+            return self._given(x.shape[0]).long()
+        for owner in self._later:
+            owner._take(router.depths(router.scores(x, owner.get_router()), tau, cap))
         return router.depths(router.scores(x, self.get_router()), tau, cap)
+
+    def _take(self, depth: Int[Tensor, " T"]) -> None:
+        """Be told what the tokens to come read."""
+        self._decided = (self.precision.changes, depth.shape[0]), depth
+
+    def _given(self, tokens: int) -> Int[Tensor, " T"]:
+        """What was decided for these tokens as the block began."""
+        decided = self.owner._decided
+        if decided is None or decided[0] != (self.precision.changes, tokens):
+            raise RuntimeError(
+                f"a layer is called with {tokens} tokens for which the first layer of its block has decided nothing: call the "
+                "block as a whole, or quantise with routers per-input"
+            )
+        return decided[1]
 
     @staticmethod
     def _check_sequences(entries: int, tokens: int, sequences: int | None) -> int:
@@ -302,21 +253,38 @@ class MobiLinear(nn.Module):
         # the same tensor, unchanged, at the same precision
         state = self.precision.changes, 0 if x.is_inference() else x._version
         if ahead is None or ahead[0] is not x or ahead[1] != state or id(self) not in ahead[2]:
-            tau, cap = self.precision.on(flat.device)
-            self._check_sequences(tau.numel(), flat.shape[0], sequences)
-            made = owner._launch()(flat, tau, cap, self.precision.counter(flat.device))
+            made = owner._call(flat, sequences)
             ahead = x, state, {id(layer): y for layer, y in zip(owner.members, made, strict=True)}
         y = ahead[2].pop(id(self))
         owner._ahead = ahead if ahead[2] else None
         return y
 
+    def _call(self, x: Float[Tensor, "T K"], sequences: int | None) -> list[Float[Tensor, "T _"]]:
+        """Products of few tokens by all members, and what later layers of the block read.
+
+        Nothing here depends on the precision: a captured graph follows when that is changed.
+        """
+        tau, cap = self.precision.on(x.device)
+        self._check_sequences(tau.numel(), x.shape[0], sequences)
+        given = self._given(x.shape[0]).int() if self._first else None
+        group = self._launch()
+        made = group(x, tau, cap, self.precision.counter(x.device), given)
+        for owner, depth in zip(self._later, group.depths[1:], strict=True):
+            owner._take(depth[: x.shape[0]])
+        return made
+
+    def _deciders(self) -> "list[MobiLinear]":
+        """The owners whose routers read the input of this one."""
+        return [] if self._first else [layer for layer in (self, *self._later) if layer.router_names]
+
     def _most(self) -> int:
-        """Tokens that one call takes of all members; 0 where they or the router are more than it holds."""
+        """Tokens that one call takes of all members; 0 where they or the routers are more than it holds."""
         if self._group is not None:
             return self._group.most()
         from mobiquant.kernels.cuda import few, tiles
 
-        if len(self.members) > few.MEMBERS or (self.router_names and not tiles.check_router(self.get_router())):
+        routers = [layer.get_router() for layer in self._deciders()]
+        if max(len(self.members), len(routers)) > few.MEMBERS or not all(map(tiles.check_router, routers)):
             return 0
         return self._launch().most()
 
@@ -327,7 +295,7 @@ class MobiLinear(nn.Module):
 
             for layer in self.members:
                 layer.lay_out()
-            laid = tiles.prepare_router(self.get_router()) if self.router_names else None
+            laid = [tiles.prepare_router(layer.get_router()) for layer in self._deciders()]
             biases = [layer.bias for layer in self.members]
             with torch.inference_mode(False):
                 self._group = few.Group([layer._tiles for layer in self.members], biases, laid)  # type: ignore[misc]

@@ -23,7 +23,8 @@ from mobiquant.calibrate.passes import Pair
 from mobiquant.calibrate.streams import Stage, Streams
 from mobiquant.calibrate.work import Work
 from mobiquant.config import BETWEEN, Calibration, Checkpoint, Format, InputError, Training
-from mobiquant.linear import Precision, mobilinears
+from mobiquant.knob import Precision
+from mobiquant.linear import mobilinears
 from mobiquant.progress import Report, bars
 
 
@@ -153,6 +154,7 @@ def run(
     readings = (paper if settings.recipe == "paper" else fast).readings(form)
     streams = Streams(hidden, readings, settings.batch, device)
     precision, inputs, fitted, skipped = Precision(form.widths), [], [], left_out(model, root)
+    begins: list[int] = []
     log: list[dict[str, Any]] = []
     for index, block in enumerate(stack):
         stage = Stage(block, index, calls, precision, device)
@@ -164,6 +166,7 @@ def run(
         log += [{"block": index, **entry} for entry in entries]
         streams.advance(stage)
         _keep(stage, block)
+        begins.append(len(inputs))
         inputs += [tuple(f"{root}.{index}.{name}" for name in names) for names in groups]
         progress("quantising blocks", index + 1, count)
     table = ()
@@ -172,7 +175,8 @@ def run(
         measured.run(stack, short[1], progress)
         table = measured.table()
     _wire(stack, precision)
-    return Checkpoint(form, tuple(inputs), table, skipped, provenance(model, tokens, settings), versions()), log
+    made_from = provenance(model, tokens, settings)
+    return Checkpoint(form, tuple(inputs), tuple(begins), table, skipped, made_from, versions()), log
 
 
 def _keep(stage: Stage, block: torch.nn.Module) -> None:

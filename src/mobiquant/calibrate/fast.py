@@ -55,13 +55,16 @@ def quantize_block(
 ) -> tuple[list[Fitted], list[dict[str, Any]]]:
     """Replace the named layers of the student by quantised ones; the log says how well routers fit, if they are to `route`."""
     fitted: list[Fitted] = []
+    first: tuple[MobiLinear, Sample] | None = None
     for names in groups:
         own, mixed, sample = streams.moments(stage, names[0])
         weights = [blocks.weight_of(stage.teacher.get_submodule(name)) for name in names]
         grid, code = solve(torch.cat(weights), own, mixed, form, settings)
-        layers = install(stage, names, grid, code, form)
+        layers = install(stage, names, grid, code, form, first and first[0])
+        first = first or (layers[0], sample)
         if route:
-            fitted += fit_routers(names, layers, sample, torch.cat(weights), grid.read(code), form)
+            read = first[1] if form.routers == "per-block" else sample
+            fitted += fit_routers(names, layers, sample, read, torch.cat(weights), grid.read(code), form)
     return fitted, log_of(fitted)
 
 
@@ -97,8 +100,15 @@ def solve(
     return grid, compensate.descend(code, grid, problem, settings.sweeps)
 
 
-def install(stage: Stage, names: list[str], grid: compensate.Grid, code: Tensor, form: Format) -> list[MobiLinear]:
-    """Put quantised layers in the place of the student's; rows of `code` are those of the layers one after another."""
+def install(
+    stage: Stage, names: list[str], grid: compensate.Grid, code: Tensor, form: Format, first: MobiLinear | None
+) -> list[MobiLinear]:
+    """Put quantised layers in the place of the student's; rows of `code` are those of the layers one after another.
+
+    `first` is the first layer of the block, None while there is none.
+    """
+    if form.routers != "per-block":
+        first = None
     layers: list[MobiLinear] = []
     start = 0
     for name in names:
@@ -106,9 +116,11 @@ def install(stage: Stage, names: list[str], grid: compensate.Grid, code: Tensor,
         rows = slice(start, start + blocks.weight_of(old).shape[0])
         bias = getattr(old, "bias", None)
         owns = not layers or form.routers == "per-linear"
-        layer = MobiLinear(code.shape[1], rows.stop - start, form, owns, None if bias is None else bias.dtype).to(stage.device)
+        columns = code.shape[1]
+        reads = (first.in_features if first else columns) if owns else None
+        layer = MobiLinear(columns, rows.stop - start, form, reads, None if bias is None else bias.dtype).to(stage.device)
         layer.set_weight(code[rows], grid.scale[rows], grid.zero[rows], bias)
-        layer.attach(stage.precision, layer if owns else layers[0])
+        layer.attach(stage.precision, layer if owns else layers[0], first if owns else None)
         blocks.replace(stage.student, name, layer)
         layers.append(layer)
         start = rows.stop
@@ -119,29 +131,34 @@ def fit_routers(
     names: list[str],
     layers: list[MobiLinear],
     sample: Sample,
+    read: Sample,
     weight: Float[Tensor, "N K"],
     reads: Float[Tensor, "E N K"],
     form: Format,
     offset: Float[Tensor, " R"] | None = None,
 ) -> list[Fitted]:
-    """Fit the routers of the layers of one input, whose rows lie one after another in `weight` and `reads`."""
-    if form.routers == "per-input":
-        return [_route(names, layers[0], sample, weight, reads, form, offset)]
+    """Fit the routers of the layers of one input, whose rows lie one after another in `weight` and `reads`.
+
+    `sample` is of that input, `read` of what the routers read, for the same tokens.
+    """
+    if form.routers != "per-linear":
+        return [_route(names, layers[0], sample, read, weight, reads, form, offset)]
     fitted: list[Fitted] = []
     start = 0
     for name, layer in zip(names, layers, strict=True):
         rows = slice(start, start + layer.out_features)
-        fitted.append(_route([name], layer, sample, weight[rows], reads[:, rows], form, offset))
+        fitted.append(_route([name], layer, sample, read, weight[rows], reads[:, rows], form, offset))
         start = rows.stop
     return fitted
 
 
 def _route(
-    names: list[str], owner: MobiLinear, sample: Sample, weight: Tensor, reads: Tensor, form: Format, offset: Tensor | None
-) -> Fitted:
+    names: list[str], owner: MobiLinear, sample: Sample, read: Sample, weight: Tensor, reads: Tensor, form: Format,
+    offset: Tensor | None,
+) -> Fitted:  # fmt: skip
     target = routers.targets(sample.tokens, weight, reads, offset)
-    fitted = routers.fit(sample.tokens, target, sample.firsts, form)
+    fitted = routers.fit(read.tokens, target, read.firsts, form)
     owner.set_router(fitted)
     with torch.no_grad():
-        scores = router.scores(sample.tokens, fitted)
+        scores = router.scores(read.tokens, fitted)
         return Fitted(tuple(names), weight.numel(), scores.cpu(), routers.explained(scores, target))

@@ -27,10 +27,11 @@ from mobiquant.calibrate import distill, fast, nested, routing, sensitivity, thr
 from mobiquant.calibrate.latent import Depth, open_latents
 from mobiquant.calibrate.nested import NestedStage
 from mobiquant.calibrate.passes import Pair
-from mobiquant.calibrate.streams import Stage, Streams
+from mobiquant.calibrate.streams import Sample, Stage, Streams
 from mobiquant.calibrate.work import Work
 from mobiquant.config import Calibration, Checkpoint, Format, Training
-from mobiquant.linear import Precision, mobilinears
+from mobiquant.knob import Precision
+from mobiquant.linear import mobilinears
 from mobiquant.progress import Report, by_width
 
 # of the time that is left before each stage: the end-to-end stages leave some to what follows
@@ -216,6 +217,7 @@ class Run:
         streams = Streams(hidden, fast.readings(form), self.settings.batch, self.device)
         for index, (original, quantised) in enumerate(zip(pair.originals, pair.stack, strict=True)):
             stage, head = _Pair(original, quantised, index, calls, self.device), f"{pair.root}.{index}."
+            first: Sample | None = None
             for full_names in [names for names in self.stored.inputs if names[0].startswith(head)]:
                 names = [name.removeprefix(head) for name in full_names]
                 layers = [stage.student.get_submodule(name) for name in names]
@@ -224,7 +226,9 @@ class Run:
                 reads = torch.stack([torch.cat([layer.packed().read(d) for layer in layers]) for d in depths])  # type: ignore
                 with torch.no_grad():
                     sample, offset = streams.sample(stage, names[0]), offsets.get(full_names[0])
-                    fitted += fast.fit_routers(names, layers, sample, weight, reads, form, offset)  # type: ignore[arg-type]
+                    first = first or sample
+                    read = first if form.routers == "per-block" else sample
+                    fitted += fast.fit_routers(names, layers, sample, read, weight, reads, form, offset)  # type: ignore[arg-type]
                 for name, layer in zip(names, layers, strict=True):
                     if layer.router_names:
                         quantised.get_submodule(name).set_router(layer.get_router())  # type: ignore[operator]

@@ -23,7 +23,8 @@ from mobiquant.calibrate.latent import Depth, LatentLinear, load_tensors, lower,
 from mobiquant.calibrate.streams import FLOAT, Reading, Stage, Streams, fixed
 from mobiquant.calibrate.work import Work
 from mobiquant.config import Format, Training
-from mobiquant.linear import MobiLinear, Precision
+from mobiquant.knob import Precision
+from mobiquant.linear import MobiLinear
 
 STUDENT_BITS = 4
 

@@ -114,7 +114,9 @@ class GateRouter(nn.Module):
         self.widths: Tensor
         self.register_buffer("widths", torch.tensor(form.slices[1:], dtype=torch.float32))
         self.step = Step(torch.empty(0), torch.empty(0, dtype=torch.int64), HOT)
-        self._last: tuple[Tensor, Gates] | None = None
+        # of the last pass: what the layers read, what the router read (the same, or what the first layers did), and its gates
+        self._last: tuple[Tensor, Tensor, Gates] | None = None
+        self._first: tuple[GateRouter, ...] = ()
 
     def scores(self, x: Float[Tensor, "*T K"]) -> Float[Tensor, "T1 R"]:
         """As `router.scores`, differentiable; one row for each token."""
@@ -123,25 +125,30 @@ class GateRouter(nn.Module):
             return routers.scores(f, log_rms, self.weight, self.rms, self.bias, self.out, self.out_bias)
 
     def gates(self, x: Float[Tensor, "*T K"]) -> Gates:
-        """Straight-through gates at the thresholds of the step; computed once for layers that share an input.
+        """Straight-through gates at the thresholds of the step, for layers that read `x`, which share them.
 
         Some models (OPT) hand their layers all tokens of a batch in one row.
         """
         if self._last is None or self._last[0] is not x:
-            step, score = self.step, self.scores(x).unflatten(0, (len(self.step.tau), -1))  # [S, L, R]
+            read = self._first[0].last if self._first else x
+            step, score = self.step, self.scores(read).unflatten(0, (len(self.step.tau), -1))  # [S, L, R]
             inside = torch.arange(1, score.shape[-1] + 1, device=x.device) < step.cap[:, None, None]  # [S, 1, R]
             soft = torch.sigmoid((score - step.tau[:, None, None]) / step.temperature) * inside
             hard = (score > step.tau[:, None, None]) * inside
             opened = hard + soft - soft.detach()
             slope = (soft * (1 - soft)).detach() / step.temperature
-            self._last = x, Gates(opened, (opened @ self.widths).mean(1), (slope @ self.widths).mean(1))
-        return self._last[1]
+            self._last = x, read, Gates(opened, (opened @ self.widths).mean(1), (slope @ self.widths).mean(1))
+        return self._last[2]
 
     @property
     def last(self) -> Float[Tensor, "*T K"]:
-        """Inputs of the last pass."""
+        """What the router read in the last pass."""
         assert self._last is not None
-        return self._last[0]
+        return self._last[1]
+
+    def follow(self, first: "GateRouter") -> None:
+        """Read what another router reads."""
+        self._first = (first,)
 
     def begin(self, step: Step) -> None:
         """Work at the thresholds of another step."""
@@ -293,6 +300,9 @@ def opened(pair: Pair, form: Format, owners: Sequence[str], power: float, device
     dtype = next(student.parameters()).dtype
     by_layer = {id(layers[name]): name for name in owners}
     gates = {name: GateRouter(layers[name].get_router(), form).to(device) for name in owners}
+    for name in owners:
+        for first in layers[name].first:
+            gates[name].follow(gates[by_layer[id(first)]])
     lowered = torch.bfloat16 if device.type == "cuda" else torch.float32
     for name, layer in layers.items():
         blocks.replace(student, name, GatedLinear(layer.to(device), gates[by_layer[id(layer.owner)]], lowered))

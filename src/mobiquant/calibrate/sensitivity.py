@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from mobiquant import budget
 from mobiquant.calibrate.passes import Pair, divergence
 from mobiquant.config import Format
-from mobiquant.linear import MobiLinear, Precision, mobilinears
+from mobiquant.knob import Precision
+from mobiquant.linear import MobiLinear, mobilinears
 from mobiquant.progress import Report
 
 # a gain this many times smaller than the average of all layers counts as that: below it is noise

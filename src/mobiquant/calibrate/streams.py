@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mobiquant import blocks
-from mobiquant.linear import Precision, mobilinears
+from mobiquant.knob import Precision
+from mobiquant.linear import mobilinears
 
 Reading = tuple[float, int]
 FLOAT: Reading = (float("nan"), 0)

@@ -23,7 +23,7 @@ from mobiquant import blocks, budget
 from mobiquant.calibrate.fast import Fitted
 from mobiquant.calibrate.streams import Stage, resting_place
 from mobiquant.config import Format
-from mobiquant.linear import Precision
+from mobiquant.knob import Precision
 from mobiquant.progress import Report
 
 # shares of the budgets between two widths at which a row is measured

@@ -2,8 +2,10 @@
 
 What: vLLM fuses q, k and v (gate and up) into one layer and splits layers over processes. Planes, scales and zero points
 follow the weight: rows of fused layers lie one after another, and a part of the columns is a part of the bytes. Routers are
-kept whole, one for each layer that owns one; where the columns are split, its first matrix is split too and the sums of all
-processes are added before the threshold, or processes would disagree about the depth of a token.
+kept whole, one for each layer that owns one. Where the columns that it reads are split, its first matrix is split too and the
+sums of all processes are added before the threshold, or processes would disagree about the depth of a token. Routers that read
+the input of a block's first layers need none of that: every process has all of it, decides for itself and writes the depths
+down for the layers to come.
 
 The product is an operator that is opaque to `torch.compile`; it finds its layer by name and the precision in device tensors.
 """
@@ -59,6 +61,9 @@ class MobiquantConfig(QuantizationConfig):
         super().__init__()
         self.whole = whole
         self.quantised = {name for names in whole.inputs for name in names}
+        self.read_by_routers = whole.read_by_routers()
+        # where vLLM has put a stored layer: its prefix and its inputs in all processes
+        self.places: dict[str, tuple[str, int]] = {}
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -172,6 +177,7 @@ class MobiquantMethod(LinearMethodBase):
                 f"groups of {form.group_size}: take fewer with --tensor-parallel-size, or quantise with smaller groups"
             )
         loader = extra["weight_loader"]
+        self.config.places |= dict.fromkeys(self.names, (self.prefix, input_size))
         for e, width in enumerate(form.slices):
             planes = torch.zeros(width, rows, -(-columns // 8), dtype=torch.uint8)
             layer.register_parameter(
@@ -184,9 +190,17 @@ class MobiquantMethod(LinearMethodBase):
             held = torch.zeros(rows, groups, dtype=dtype)
             layer.register_parameter(name, GroupQuantScaleParameter(data=held, input_dim=1, output_dim=0, weight_loader=loader))
         count = len(self.names) if form.routers == "per-linear" else 1
-        for name, (shape, dtype) in router.shapes(columns, form.router_hidden, len(form.slices) - 1).items():
+        first = self.config.read_by_routers[self.names[0]]
+        if first not in self.config.places:
+            raise InputError(
+                f"vLLM builds '{self.prefix}' before '{first}', which its router reads: quantise with other routers"
+            )
+        layer.mobiquant_first, columns_read = self.config.places[first]  # type: ignore[assignment]
+        itself = layer.mobiquant_first == self.prefix
+        columns_read = columns if itself else columns_read
+        for name, (shape, dtype) in router.shapes(columns_read, form.router_hidden, len(form.slices) - 1).items():
             held = torch.zeros(count, *shape, dtype=dtype)
-            along = 1 if name == "weight" and isinstance(layer, RowParallelLinear) else None
+            along = 1 if name == "weight" and itself and isinstance(layer, RowParallelLinear) else None
             layer.register_parameter(f"router_{name}", RouterParameter(data=held, split=along, weight_loader=loader))
         layer.mobiquant_rows, layer.mobiquant_split = output_partition_sizes, split  # type: ignore[assignment]
         layer.mobiquant_columns = input_size, columns  # type: ignore[assignment]
@@ -202,6 +216,11 @@ class MobiquantMethod(LinearMethodBase):
             tokens = get_current_vllm_config().scheduler_config.max_num_batched_tokens
             STATE[QUANT_METHOD] = State(self.config.stored, tokens, layer.scale.device, wanted)
             install(STATE[QUANT_METHOD])
+        layer.mobiquant_later = []  # type: ignore[assignment]
+        if layer.mobiquant_first != self.prefix:
+            # one buffer as long as the server runs, which a captured graph may read
+            layer.mobiquant_depth = STATE[QUANT_METHOD].cap.clone()  # type: ignore[assignment]
+            LAYERS[layer.mobiquant_first].mobiquant_later.append(layer)  # type: ignore[index]
         STATE[QUANT_METHOD].weights += sum(layer.mobiquant_rows) * layer.mobiquant_columns[1]  # type: ignore[arg-type]
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -218,7 +237,8 @@ def _router(layer: Any, index: int) -> router.Router:
 def _scores(layer: Any, index: int, x: Tensor) -> Tensor:
     """Scores of tokens by the router of a part; sums of the columns of all processes where these are split."""
     own = _router(layer, index)
-    if not layer.mobiquant_split or get_tensor_model_parallel_world_size() == 1:
+    ahead = hasattr(layer, "mobiquant_depth")
+    if ahead or not layer.mobiquant_split or get_tensor_model_parallel_world_size() == 1:
         return router.scores(x, own)
     x = x.float()
     sums = torch.cat([x @ own.weight.float().T, x.square().sum(1, keepdim=True)], 1)
@@ -240,10 +260,16 @@ def _product(layer: Any, x: Tensor, rows: int) -> Tensor:
     planes = [getattr(layer, f"planes_{e}").data for e in range(len(form.slices))]
     weight = matmul.Packed(planes, layer.scale.data, layer.zero.data, form.slices, form.group_size, x.shape[1])
 
+    def decided(by: Any, index: int) -> Tensor:
+        return router.depths(_scores(by, index, x), state.tau[:tokens], state.cap[:tokens])
+
     def depths(index: int) -> Tensor | int:
         if state.fixed is not None:
             return state.fixed
-        return router.depths(_scores(layer, index, x), state.tau[:tokens], state.cap[:tokens])
+        return layer.mobiquant_depth[:tokens] if hasattr(layer, "mobiquant_depth") else decided(layer, index)
+
+    for later in layer.mobiquant_later if state.fixed is None else ():
+        later.mobiquant_depth[:tokens] = decided(later, 0)
 
     parts = layer.router_weight.shape[0]
     if parts == 1 or state.fixed is not None:

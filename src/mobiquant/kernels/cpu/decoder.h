@@ -103,6 +103,7 @@ class Step {
     const Reading& how;
     const int here;
     double* const counted;
+    int decided[LINEARS];
     bool failed = false;
     float *state = nullptr, *x = nullptr, *added = nullptr, *query = nullptr, *mixed = nullptr;
     float *key = nullptr, *value = nullptr, *gate = nullptr, *up = nullptr, *chances = nullptr;
@@ -170,14 +171,22 @@ class Step {
         });
     }
 
-    // The depth of linears from `first` on, as their routers say; a linear without one takes that of the one before.
-    void depths(const Block& b, int first, int count, const float* input, Part* parts) {
+    // Decide for linears from `first` on, as their routers say of an input; a linear without one takes the depth of the one before.
+    void decide(const Block& b, int first, int count, const float* input) {
         int depth = how.cap;
+        for (int k = first; k < first + count; ++k) {
+            if (b.router[k].weight != nullptr || k == first) depth = depth_of<V>(b.router[k], how, input);
+            decided[k] = depth;
+        }
+    }
+
+    // What linears from `first` on read, which have this input.
+    void depths(const Block& b, int first, int count, const float* input, Part* parts) {
+        if (first == QUERY || !b.ahead) decide(b, first, b.ahead ? LINEARS : count, input);
         for (int k = 0; k < count; ++k) {
             const Weight& w = b.linear[first + k];
-            if (b.router[first + k].weight != nullptr || k == 0) depth = depth_of<V>(b.router[first + k], how, input);
-            parts[k].bits = how.widths[depth - 1];
-            counted[depth - 1] += static_cast<double>(w.rows) * w.columns;
+            parts[k].bits = how.widths[decided[first + k] - 1];
+            counted[decided[first + k] - 1] += static_cast<double>(w.rows) * w.columns;
         }
     }
 

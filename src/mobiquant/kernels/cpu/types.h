@@ -45,6 +45,7 @@ struct Block {
     Weight linear[LINEARS];
     Router router[LINEARS];  // a null `weight` stands for the router of the linear before
     const float *first_norm, *second_norm, *query_norm, *key_norm;
+    int32_t ahead;  // whether all routers read the input of the first linear
 };
 
 struct Decoder {

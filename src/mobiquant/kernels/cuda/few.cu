@@ -13,8 +13,9 @@
 // A block owns 32 rows at a time; its warps share out the columns in tiles of 64, mostly two at a time, and are summed in a fixed
 // order. Tiles are copied to shared memory some ahead (`ring.h`), in the order in which lanes take them (`tiles.py`).
 //
-// Routing (`score.h`). Some blocks score part of the columns each, all read the base slice of their first rows, which every token
-// needs, then all add up the scores and decide. Slices that no token needs are not fetched.
+// Routing (`score.h`). Depths were decided by an earlier launch, or are here: some blocks score part of the columns each, all read
+// the base slice of their first rows, which every token needs, then all add up the scores and decide. Slices that no token needs are
+// not fetched. Scores for later launches are made beside the rows.
 //
 // A launch begins while the one before it ends: its first weights are on their way before it waits for x.
 //
@@ -145,7 +146,7 @@ DEVICE void prefetch_rows(const Params &p, int row_tile, int depth, int lane) {
     if (lane == PIECES + 1) prefetch(m.zero + (u64)row_tile * p.groups * ZEROS, p.groups * ZEROS);
 }
 
-// pieces first .. last - 1 of rows from, from + by, .. below to, whose first tiles are on their way (`fill`) and whose others the
+// pieces first .. last - 1 of rows from, from + blocks, .. below to, whose first tiles are on their way (`fill`) and whose others the
 // cursor names. The sums are stored at the end of each 32 rows, unless `keep`, which is for one turn.
 template <int first, int last, bool apart>
 DEVICE void sweep(const Params &p, const Shared &s, Cursor &ahead, int from, bool keep, const Tokens &t, Rows &y, int &turn) {
@@ -154,7 +155,7 @@ DEVICE void sweep(const Params &p, const Shared &s, Cursor &ahead, int from, boo
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     u8 *ring = s.ring + warp * RING;
     int place = 0;
-    for (int row_tile = from; row_tile < ahead.to; row_tile += ahead.by) {
+    for (int row_tile = from; row_tile < ahead.to; row_tile += gridDim.x) {
 #pragma unroll 1
         for (int column_tile = warp * Own::TILES; column_tile < p.column_tiles; column_tile += WARPS * Own::TILES) {
             wait_for_copies<end / bytes - 2>();
@@ -186,10 +187,10 @@ DEVICE int bits_at(int depth) {
     return bits;
 }
 
-// depths of the tokens of this lane, as decided or as wanted for all; returns the deepest of all
-DEVICE int look_up(const Params &p, const Shared &s, Tokens &t, const int *cap, int lane) {
+// depths of the tokens of this lane; returns the deepest of all
+DEVICE int look_up(const Params &p, const int *depth, Tokens &t, int lane) {
     int deepest = 0, least = 1 << 10;
-    auto depth_of = [&](int token) { return token >= p.tokens ? 0 : cap ? cap[entry_of(p, token)] : s.depth[token]; };
+    auto depth_of = [&](int token) { return token < p.tokens ? depth[token] : 0; };
 #pragma unroll
     for (int c = 0; c < NT; c++) {
         const int own = depth_of(c * 4 + lane % 4);
@@ -204,18 +205,26 @@ DEVICE int look_up(const Params &p, const Shared &s, Tokens &t, const int *cap, 
     return deepest;
 }
 
-// take thresholds and caps to shared memory, as they are now
+constexpr u32 MINUS_INFINITY = 0xff800000u;
+
+// take thresholds, caps and what was decided to shared memory, as they are now
 DEVICE void bring(const Params &p, Wanted &to) {
-    if (threadIdx.x < p.entries) {
-        to.tau[threadIdx.x] = load_fresh(p.tau + threadIdx.x);
-        to.cap[threadIdx.x] = (int)load_fresh(p.cap + threadIdx.x);
+    const int i = threadIdx.x;
+    if (i < p.entries) {
+        to.tau[i] = load_fresh(p.tau + i);
+        to.cap[i] = (int)load_fresh(p.cap + i);
     }
-    if (threadIdx.x == 0) to.number = load_fresh(p.router.state);
+    if (i < p.tokens) {
+        const int entry = entry_of(p, i), cap = (int)load_fresh(p.cap + entry);
+        const bool fixed = __float_as_uint(load_fresh(p.tau + entry)) == MINUS_INFINITY;
+        to.depth[i] = fixed || !p.given ? cap : load_fresh(p.given + p.before + i);
+    }
+    if (i == 0) to.number = load_fresh(p.routers.state);
 }
 
-// whether any entry leaves its depth to the router
+// whether any entry leaves its depth to routers
 DEVICE bool is_routed(const Params &p, const Wanted &wanted, int lane) {
-    return p.router.hidden && !warp_all(lane >= p.entries || __float_as_uint(wanted.tau[lane]) == 0xff800000u);
+    return p.routers.count && !warp_all(lane >= p.entries || __float_as_uint(wanted.tau[lane]) == MINUS_INFINITY);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, PER) few(const __grid_constant__ Params p) {
@@ -226,18 +235,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER) few(const __grid_cons
     Tokens t;
     Rows y = {};
     int turn = 0;
-    // Before the launch before has ended: weights do not depend on it, and what thresholds say by now is a guess of what is wanted
+    // Before the launch before has ended: weights do not depend on it, and what is said by now is a guess of what is wanted
     bring(p, s.wanted[0]);
     __syncthreads();
-    const bool guess_routed = is_routed(p, s.wanted[0], lane);
-    const int guess = guess_routed ? 1 : look_up(p, s, t, s.wanted[0].cap, lane), after = own + 1 < tiles ? own + 1 : tiles;
-    Cursor ahead = {own, blocks, guess_routed ? after : tiles};
+    // whether this launch makes scores, and whether its own rows wait for them
+    const bool guess_scored = is_routed(p, s.wanted[0], lane), guess_open = guess_scored && decides(p);
+    const int guess = guess_open ? 1 : look_up(p, s.wanted[0].depth, t, lane), after = own + 1 < tiles ? own + 1 : tiles;
+    Cursor ahead = {own, guess_open ? after : tiles};
     fill_to<0>(guess, ring, p, ahead, warp, lane);
-    if (guess_routed) {
-        if (warp == 0)
-            for (int i = 1; i < FIRST_ROWS && own + i * blocks < tiles; i++) prefetch_rows(p, own + i * blocks, 1, lane);
-        prepare_scores(p, s);
-    }
+    if (guess_open && warp == 0)
+        for (int i = 1; i < FIRST_ROWS && own + i * blocks < tiles; i++) prefetch_rows(p, own + i * blocks, 1, lane);
+    if (guess_scored) prepare_scores(p, s);
     let_next_begin();
     wait_for_last();
     if (p.staged) {
@@ -247,39 +255,45 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER) few(const __grid_cons
         wait_for_copies<0>();
     } else stage(p, s, [&] { bring(p, s.wanted[1]); });
     __syncthreads();
-    const bool routed = is_routed(p, s.wanted[1], lane);
-    int deepest = routed ? 1 : look_up(p, s, t, s.wanted[1].cap, lane);
-    if (routed != guess_routed || deepest != guess) {
+    const bool scored = is_routed(p, s.wanted[1], lane), open = scored && decides(p);
+    int deepest = open ? 1 : look_up(p, s.wanted[1].depth, t, lane);
+    if (open != guess_open || deepest != guess) {
         wait_for_copies<0>();
-        ahead = {own, blocks, routed ? after : tiles};
+        ahead = {own, open ? after : tiles};
         fill_to<0>(deepest, ring, p, ahead, warp, lane);
     }
-    if (!routed) {
-        if (own == 0 && threadIdx.x < p.tokens) count(p, threadIdx.x, s.wanted[1].cap[entry_of(p, threadIdx.x)]);
+    if (scored) {
+        if (!guess_scored) {
+            prepare_scores(p, s);
+            __syncthreads();
+        }
+        know_number(p, s);
+        score(p, s);
+    }
+    int from = own;
+    if (open) {
+#pragma unroll
+        for (int c = 0; c < NT; c++) t.column[c] = 1, t.offset[c] = 0;
+        sweep<0, pieces_to(1), false>(p, s, ahead, own, true, t, y, turn);
+        decide(p, s, p.routers.each[0], true);
+        deepest = look_up(p, s.depth, t, lane);
+        if (deepest > 1) {
+            ahead = {own, after};
+            fill_to<pieces_to(1)>(deepest, ring, p, ahead, warp, lane);
+            sweep_to<pieces_to(1)>(deepest, p, s, ahead, own, true, t, y, turn);
+        }
+        from = own + blocks;
+        ahead = {from, tiles};
+        fill_to<0>(deepest, ring, p, ahead, warp, lane);
+        if (own < tiles) finish(p, s, y, own, turn ^= 1, warp, lane);
+    } else {
+        if (own == 0 && threadIdx.x < p.tokens) count(p, threadIdx.x, s.wanted[1].depth[threadIdx.x]);
         // a processor without rows would be given two blocks of the next launch, and would be the last to end
         if (own >= tiles) linger();
-        sweep_to<0>(deepest, p, s, ahead, own, false, t, y, turn);
-        return;
     }
-    if (!guess_routed) {
-        prepare_scores(p, s);
-        __syncthreads();
+    sweep_to<0>(deepest, p, s, ahead, from, false, t, y, turn);
+    if (is_routed(p, s.wanted[1], lane)) {
+        decide_for_others(p, s);
+        number_next(p, s);
     }
-    const u32 knew = know_number(p);
-    score(p, s);
-#pragma unroll
-    for (int c = 0; c < NT; c++) t.column[c] = 1, t.offset[c] = 0;
-    sweep<0, pieces_to(1), false>(p, s, ahead, own, true, t, y, turn);
-    decide(p, s);
-    deepest = look_up(p, s, t, nullptr, lane);
-    if (deepest > 1) {
-        ahead = {own, blocks, after};
-        fill_to<pieces_to(1)>(deepest, ring, p, ahead, warp, lane);
-        sweep_to<pieces_to(1)>(deepest, p, s, ahead, own, true, t, y, turn);
-    }
-    ahead = {own + blocks, blocks, tiles};
-    fill_to<0>(deepest, ring, p, ahead, warp, lane);
-    if (own < tiles) finish(p, s, y, own, turn ^= 1, warp, lane);
-    sweep_to<0>(deepest, p, s, ahead, own + blocks, false, t, y, turn);
-    number_next(p, s, knew);
 }

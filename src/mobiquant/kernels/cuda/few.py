@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
-from jaxtyping import Float, Float32, Float64, Int64
+from jaxtyping import Float, Float32, Float64, Int32, Int64
 from torch import Tensor
 
 from mobiquant.kernels.cuda import compiler
@@ -17,11 +17,13 @@ from mobiquant.kernels.cuda.tiles import COLUMNS, LANES, RouterTiles, Tiles, def
 
 MEMBERS, MOST = 4, 16
 # bytes of `Wanted` in `launch.h`, twice
-WANTED = 2 * (8 * MOST + 16)
+WANTED = 2 * (12 * MOST + 16)
 # warps of a block by fours of tokens, and blocks for which a processor has registers: the next launch begins beside this one
 SHAPES = {1: (16, 2), 2: (16, 1), 4: (8, 1)}
 # bytes of tiles on their way to a warp: two tiles of eight bits at least
 RING = 4608
+# tensors of a router but for its first matrix
+SMALL = ("weight_scale", "rms", "bias", "out", "out_bias")
 DTYPES = (torch.float16, torch.bfloat16)
 # bytes of shared memory that a block may take on every GPU that the kernels are for, and of one that has less than Hopper
 MEMORY = {(8, 0): 163 << 10, (8, 7): 163 << 10, (8, 6): 99 << 10, (8, 9): 99 << 10, (12, 0): 99 << 10, (12, 1): 99 << 10}
@@ -38,12 +40,14 @@ def parameters(pieces: int) -> type[ctypes.Structure]:
             + [("rows", whole), ("end", whole)]  # fmt: skip
 
     class Router(ctypes.Structure):
-        names = ("weight", "weight_scale", "rms", "bias", "out", "out_bias", "partial", "depth", "state")
-        _fields_ = [(n, address) for n in names] + [("hidden", whole), ("scores", whole)]
+        _fields_ = [(n, address) for n in (*SMALL, "weight", "partial", "depth")]
+
+    class Routers(ctypes.Structure):
+        _fields_ = [("each", Router * MEMBERS), ("state", address)] + [(n, whole) for n in ("count", "hidden", "scores")]
 
     class Params(ctypes.Structure):
-        _fields_ = [("members", Member * MEMBERS), ("router", Router)] \
-            + [(n, address) for n in ("x", "staged", "tau", "cap", "read")] \
+        _fields_ = [("members", Member * MEMBERS), ("routers", Routers)] \
+            + [(n, address) for n in ("given", "x", "staged", "tau", "cap", "read")] \
             + [(n, whole) for n in ("tokens", "columns", "column_tiles", "groups", "entries", "depths", "parts")] \
             + [(n, whole) for n in ("before", "per")]  # fmt: skip
 
@@ -51,13 +55,17 @@ def parameters(pieces: int) -> type[ctypes.Structure]:
 
 
 class Group:
-    """Layers that read one input, their weights in tiles on one device, with the router that decides for them."""
+    """Layers that read one input, their weights in tiles on one device, with the routers that score it.
 
-    def __init__(self, members: Sequence[Tiles], biases: Sequence[Tensor | None], router: RouterTiles | None):
-        if not 1 <= len(members) <= MEMBERS:
-            raise ValueError(f"{len(members)} layers of one input: a launch takes 1 to {MEMBERS}")
+    The first router decides for these layers, the others for launches to come; where depths are handed to a call, all of them
+    do. `depths` [routers, 16] int32 holds what they decided for the tokens of the last call.
+    """
+
+    def __init__(self, members: Sequence[Tiles], biases: Sequence[Tensor | None], routers: Sequence[RouterTiles] = ()):
+        if not 1 <= len(members) <= MEMBERS or len(routers) > MEMBERS:
+            raise ValueError(f"{len(members)} layers of one input and {len(routers)} routers: a launch takes 1 to {MEMBERS}")
         first = members[0]
-        self.members, self.router, self.device = members, router, first.scale.device
+        self.members, self.routers, self.device = members, routers, first.scale.device
         self.biases = [None if bias is None else bias.float().contiguous() for bias in biases]
         self.group_size = first.group_size
         self.row_tiles = sum(one.scale.shape[0] for one in members)
@@ -77,21 +85,24 @@ class Group:
                 to.pieces[i] = piece.data_ptr()
             to.scale, to.zero, to.bias = one.scale.data_ptr(), one.zero.data_ptr(), 0 if bias is None else bias.data_ptr()
             to.rows, to.end = one.rows, end
-        hidden = self.router.router.weight.shape[0] if self.router else 0
+        routers = [one.router for one in self.routers]
+        if len({one.out.shape for one in routers}) > 1:
+            raise ValueError("routers of one input differ in hidden units or scores: a launch takes those of one format")
+        p.routers.hidden = max((one.weight.shape[0] for one in routers), default=0)
+        p.routers.scores = max((one.out.shape[0] for one in routers), default=0)
         # the first launch is number 1: partial sums of number 0 are none
         self.state = torch.tensor([1, 0], dtype=torch.int32, device=self.device)
-        self.depth = torch.zeros(MOST, dtype=torch.int32, device=self.device)
-        self.partial = torch.zeros(p.column_tiles * (hidden + 1) * MOST, 2, dtype=torch.int32, device=self.device)
-        p.router.state, p.router.depth, p.router.partial = (t.data_ptr() for t in (self.state, self.depth, self.partial))
-        if self.router:
-            stored = self.router.router
-            # held, since addresses are
-            self.held = [self.router.weight, *(t.contiguous() for t in vars(stored).values())]
-            names = ("weight_scale", "rms", "bias", "out", "out_bias")
-            p.router.weight = self.router.weight.data_ptr()
-            for name, tensor in zip(names, self.held[2:], strict=True):
-                setattr(p.router, name, tensor.data_ptr())
-            p.router.hidden, p.router.scores = hidden, stored.out.shape[0]
+        p.routers.state, p.routers.count = self.state.data_ptr(), len(routers)
+        # read before it was ever written as a guess: any depth will do
+        self.depths = torch.ones(max(len(routers), 1), MOST, dtype=torch.int32, device=self.device)
+        sums = p.column_tiles * (p.routers.hidden + 1) * MOST
+        self.partial = torch.zeros(len(routers), sums, 2, dtype=torch.int32, device=self.device)
+        # held, since addresses are
+        self.held = [[getattr(one, name).contiguous() for name in SMALL] for one in routers]
+        for i, (to, one, small) in enumerate(zip(p.routers.each, self.routers, self.held, strict=False)):
+            to.weight, to.partial, to.depth = (part.data_ptr() for part in (one.weight, self.partial[i], self.depths[i]))
+            for name, tensor in zip(SMALL, small, strict=True):
+                setattr(to, name, tensor.data_ptr())
 
     def staged(self, tokens: int) -> int:
         """Bytes of x in bytes, with scale and sum of each group."""
@@ -102,7 +113,7 @@ class Group:
         """Bytes of shared memory for so many tokens: tiles on their way, x in bytes, sums of warps, twice, depths, thresholds
         and caps, and the router but for its first matrix."""
         p, padded, (warps, _) = self.params, 4 * fours(tokens), SHAPES[fours(tokens)]
-        scoring = p.router.hidden * (p.router.scores + 3) + p.router.scores
+        scoring = p.routers.hidden * (p.routers.scores + 3) + p.routers.scores
         floats = 2 * warps * padded * 33 + padded + scoring
         return warps * RING + self.staged(tokens) + floats * 4 + WANTED
 
@@ -123,17 +134,20 @@ class Group:
         return compiler.kernel(name, (*self.definitions, *more), self.device.index or 0)
 
     def __call__(
-        self, x: Float[Tensor, "T K"], tau: Float32[Tensor, " P"], cap: Int64[Tensor, " P"], read: Float64[Tensor, "P E"]
-    ) -> list[Float[Tensor, "T _"]]:
+        self, x: Float[Tensor, "T K"], tau: Float32[Tensor, " P"], cap: Int64[Tensor, " P"], read: Float64[Tensor, "P E"],
+        given: Int32[Tensor, " T1"] | None = None,
+    ) -> list[Float[Tensor, "T _"]]:  # fmt: skip
         """Products of 1 to 16 tokens, one for each layer; `tau` and `cap` are for T / P tokens each, `read` counts weights.
 
-        Raises ValueError for more tokens than `most` says.
+        `given` are depths that were decided before, for tokens with a threshold. Raises ValueError for more tokens than `most`
+        says.
         """
         tokens, p, x, fits = x.shape[0], self.params, x.contiguous(), self.fits()
         if tokens > self.most():
             raise ValueError(f"{tokens} tokens of {p.columns} columns: a call takes {self.most()}")
         out = [x.new_empty(tokens, one.rows) for one in self.members]
         p.tau, p.cap, p.read, p.entries = tau.data_ptr(), cap.data_ptr(), read.data_ptr(), tau.numel()
+        p.given = 0 if given is None else given.data_ptr()
         # each block makes its own of few tokens
         apart = fours(min(fits, tokens)) > 1
         held = x.new_empty(self.staged(min(fits, tokens)), dtype=torch.uint8) if apart else None
@@ -152,7 +166,8 @@ class Group:
         # one on each processor, those without rows too: some score, and what each does for the next launch is said in few.cu
         blocks = self.processors
         # a warp scores one tile of columns; sums of all parts lie in shared memory where those of warps do
-        p.parts = min(blocks, -(-p.column_tiles // warps), max(1, 2 * 33 * warps // (p.router.hidden + 1)))
+        p.parts = min(blocks // max(p.routers.count, 1), -(-p.column_tiles // warps))
+        p.parts = min(p.parts, max(1, 2 * 33 * warps // (p.routers.hidden + 1)))
         if p.staged:
             eights = tokens * -(-p.column_tiles // 4) * 32  # of each token, in whole warps
             self.kernel(dtype, tokens, "bytes").launch(-(-eights // (warps * LANES)), warps * LANES, p, overlap=True)

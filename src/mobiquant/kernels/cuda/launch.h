@@ -26,25 +26,33 @@ struct Member {
 };
 
 struct Router {
-    const u8 *weight;             // int8 [hidden tiles][column tiles][4][32 lanes][16]
     const u16 *weight_scale;      // fp16 [hidden]
     const float *rms, *bias;      // [hidden]
     const float *out, *out_bias;  // [scores, hidden], [scores]
+    const u8 *weight;             // int8 [hidden tiles][column tiles][4][32 lanes][16]
     Two *partial;                 // a float and the number of its launch [parts][hidden + 1][TOKENS]
-    int *depth;                   // [TOKENS], for who wants to know
+    int *depth;                   // [tokens]: what it has decided
+};
+
+// Routers that read the input of this launch, all with as many hidden units. Without `given` the first decides for this launch;
+// the others, then all, decide for later ones.
+struct Routers {
+    Router each[MEMBERS];
     u32 *state;                   // launches so far; blocks of this one that know their number, zero between launches
-    int hidden, scores;           // no router where hidden is 0
+    int count, hidden, scores;
 };
 
 struct Params {
     Member members[MEMBERS];
-    Router router;
+    Routers routers;
+    const int *given;      // [tokens]: depths that an earlier launch has decided, or null
     const u16 *x;          // [tokens, columns]
     u8 *staged;            // x in bytes as in shared memory, made by `bytes.cu`; null where each block makes its own
     const float *tau;      // [entries]
     const long long *cap;  // [entries]
     double *read;          // [entries, depths]: weights read at each depth
-    int tokens, columns, column_tiles, groups, entries, depths, parts;
+    int tokens, columns, column_tiles, groups, entries, depths;
+    int parts;        // blocks that share out the columns for a router
     int before, per;  // tokens of other launches before these, and tokens of an entry
 };
 
@@ -70,11 +78,11 @@ DEVICE int entry_of(const Params &p, int token) { return p.entries == 1 ? 0 : (p
 // ---- shared memory: tiles on their way to each warp, x in bytes, scale and sum of x of each group, sums of the warps, twice,
 // depths of the tokens, thresholds and caps, and of the router all but its first matrix
 
-// thresholds and caps of all entries, and the number of the launch
+// thresholds and caps of all entries, depths of tokens, the number of the launch, and blocks that knew it before this one
 struct Wanted {
     float tau[ENTRIES];
-    int cap[ENTRIES];
-    u32 number, unused[3];
+    int cap[ENTRIES], depth[ENTRIES];
+    u32 number, before, unused[2];
 };
 
 struct Shared {
@@ -102,7 +110,8 @@ DEVICE Shared carve(u8 *memory, const Params &p) {
     s.depth = (int *)(s.sums + 2 * SUMS);
     s.wanted = (Wanted *)(s.depth + TOKENS);
     s.rms = (float *)(s.wanted + 2);
-    s.bias = s.rms + p.router.hidden, s.weight_scale = s.bias + p.router.hidden;
-    s.out = s.weight_scale + p.router.hidden, s.out_bias = s.out + p.router.hidden * p.router.scores;
+    const int hidden = p.routers.hidden;
+    s.bias = s.rms + hidden, s.weight_scale = s.bias + hidden;
+    s.out = s.weight_scale + hidden, s.out_bias = s.out + hidden * p.routers.scores;
     return s;
 }

@@ -91,7 +91,7 @@ def product(x: Float[Tensor, "T K"], weight: Tiles, depth: Int[Tensor, " T"] | i
     tokens = x.shape[0]
     if tokens > MOST:
         return many.product(x, weight, depth)
-    group = Group([weight], [None], None)
+    group = Group([weight], [None])
     if not group.most():
         return many.product(x, weight, depth)
     entries = 1 if isinstance(depth, int) else tokens

@@ -19,9 +19,9 @@ template <int first, int last> constexpr int tiles_of_place() { return 2 * Place
 template <int first, int last> using PlaceOf = Place<first, last, tiles_of_place<first, last>()>;
 template <int first, int last> constexpr int places() { return RING / PlaceOf<first, last>::BYTES; }
 
-// The tiles of a warp in their order: places warp, warp + WARPS, .. of rows row_tile, row_tile + by, .. below to.
+// The tiles of a warp in their order: places warp, warp + WARPS, .. of rows row_tile, row_tile + blocks, .. below to.
 struct Cursor {
-    int row_tile, by, to;
+    int row_tile, to;
     int column_tile = 0;
     int member = 0;           // of the rows
     u32 tile = 0;             // counted from the first of the member
@@ -68,7 +68,7 @@ template <int first, int last> DEVICE void copy_next(u8 *to, const Params &p, Cu
         if (lane < Own::GROUPS * 8 && lane % 8 < (first == 0 ? 6 : 4))
             copy_16(to + Own::SCALES_AT + lane / 8 * (SCALES + ZEROS) + lane % 8 * 16, at.more);
         at.tile += step, at.column_tile += step, at.more += step * 64 / GROUP * (is_zero_point(lane) ? ZEROS : SCALES);
-        if (at.column_tile >= p.column_tiles) at.row_tile += at.by, enter_rows<Own::TILES>(at, p, warp, lane);
+        if (at.column_tile >= p.column_tiles) at.row_tile += gridDim.x, enter_rows<Own::TILES>(at, p, warp, lane);
     }
     copies_end();
 }

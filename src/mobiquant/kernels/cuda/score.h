@@ -1,4 +1,5 @@
-// The router of a launch of `few.cu`: some blocks score all tokens over some columns each, then every block adds up and decides.
+// Routers in a launch of `few.cu`: some blocks score all tokens over some columns each, for one router. Where that decides for this
+// launch, every block adds up and decides; for a later launch, one block does, once its rows are done.
 //
 // So a decision is one trip through memory away from the last score: a block that decided for all others would cost a second. Scores
 // travel with the number of their launch beside them, in one word of eight bytes: who reads the number has the score, and no flag
@@ -7,12 +8,12 @@
 #pragma once
 
 // products of 32 hidden units with all tokens over this part of the columns, and the energy of x there, into `partial`
-DEVICE void score_part(const Params &p, const Shared &s, int part) {
-    const Router &r = p.router;
+DEVICE void score_part(const Params &p, const Shared &s, const Router &r, int part) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const u32 number = s.wanted[1].number;
-    Two *partial = r.partial + part * (r.hidden + 1) * TOKENS;
-    for (int hidden_tile = 0; hidden_tile * HIDDEN_TILE < r.hidden; hidden_tile++) {
+    const int hidden = p.routers.hidden;
+    Two *partial = r.partial + part * (hidden + 1) * TOKENS;
+    for (int hidden_tile = 0; hidden_tile * HIDDEN_TILE < hidden; hidden_tile++) {
         Rows y = {};
         float energy[NT] = {};
         for (int tile = part * WARPS + warp; tile < p.column_tiles; tile += WARPS * p.parts) {
@@ -74,13 +75,13 @@ DEVICE void score_part(const Params &p, const Shared &s, int part) {
             float total = 0;
 #pragma unroll
             for (int w = 0; w < WARPS; w++) total += s.sums[place_of(w, token, i % HIDDEN_TILE)];
-            if (unit < r.hidden) store_whole(partial + unit * TOKENS + token, {__float_as_uint(total), number});
+            if (unit < hidden) store_whole(partial + unit * TOKENS + token, {__float_as_uint(total), number});
         }
         for (int token = threadIdx.x; hidden_tile == 0 && token < TOKENS; token += THREADS) {
             float total = 0;
 #pragma unroll
             for (int w = 0; w < WARPS; w++) total += energies[w * TOKENS + token];
-            store_whole(partial + r.hidden * TOKENS + token, {__float_as_uint(total), number});
+            store_whole(partial + hidden * TOKENS + token, {__float_as_uint(total), number});
         }
         __syncthreads();
     }
@@ -96,37 +97,50 @@ DEVICE void count(const Params &p, int token, int depth) {
     atomicAdd(p.read + entry_of(p, token) * p.depths + depth - 1, weights);
 }
 
-// Which part of the columns this block scores, if any. The first blocks do: they are the first to be there, so that blocks that wait
-// for them always can, whatever else runs on the device. Rows are shared out from the other end, so these have no more than others.
-DEVICE int part_of(const Params &p) { return (int)blockIdx.x < p.parts ? (int)blockIdx.x : -1; }
+// Whether this launch decides what its tokens read.
+DEVICE bool decides(const Params &p) { return p.routers.count && !p.given; }
 
-// ask for what this block will score, and take the rest of the router to shared memory; neither depends on a launch before
+// Which part of the columns this block scores for which router, if any: all parts of the first router, then of the next. The first
+// blocks do: they are the first to be there, so that blocks that wait for them always can, whatever else runs on the device. Rows
+// are shared out from the other end, so these have no more than others.
+DEVICE bool has_part(const Params &p) { return (int)blockIdx.x < p.parts * p.routers.count; }
+DEVICE const Router &router_of(const Params &p) { return p.routers.each[blockIdx.x / p.parts]; }
+DEVICE int part_of(const Params &p) { return blockIdx.x % p.parts; }
+
+// all of a router but its first matrix to shared memory
+DEVICE void take_router(const Params &p, const Shared &s, const Router &r) {
+    const int hidden = p.routers.hidden, scores = p.routers.scores;
+    for (int i = threadIdx.x; i < hidden; i += THREADS)
+        s.rms[i] = r.rms[i], s.bias[i] = r.bias[i], s.weight_scale[i] = from_fp16(r.weight_scale[i]);
+    for (int i = threadIdx.x; i < hidden * scores; i += THREADS) s.out[i] = r.out[i];
+    for (int i = threadIdx.x; i < scores; i += THREADS) s.out_bias[i] = r.out_bias[i];
+}
+
+// ask for what this block will score, and take what it will decide by; neither depends on a launch before
 DEVICE void prepare_scores(const Params &p, const Shared &s) {
-    const Router &r = p.router;
-    for (int own = part_of(p) * WARPS; part_of(p) >= 0 && own < p.column_tiles; own += WARPS * p.parts) {
+    if (decides(p)) take_router(p, s, p.routers.each[0]);
+    if (!has_part(p)) return;
+    const Router &r = router_of(p);
+    for (int own = part_of(p) * WARPS; own < p.column_tiles; own += WARPS * p.parts) {
         const int left = p.column_tiles - own, tiles = left < WARPS ? left : WARPS;
-        for (int hidden_tile = threadIdx.x; hidden_tile * HIDDEN_TILE < r.hidden; hidden_tile += THREADS)
+        for (int hidden_tile = threadIdx.x; hidden_tile * HIDDEN_TILE < p.routers.hidden; hidden_tile += THREADS)
             prefetch((const u8 *)r.weight + ((u64)hidden_tile * p.column_tiles + own) * 2048, tiles * 2048);
     }
-    for (int i = threadIdx.x; i < r.hidden; i += THREADS)
-        s.rms[i] = r.rms[i], s.bias[i] = r.bias[i], s.weight_scale[i] = from_fp16(r.weight_scale[i]);
-    for (int i = threadIdx.x; i < r.hidden * r.scores; i += THREADS) s.out[i] = r.out[i];
-    for (int i = threadIdx.x; i < r.scores; i += THREADS) s.out_bias[i] = r.out_bias[i];
 }
 
 // Sums of all parts to shared memory once they are there, [tokens][parts][hidden + 1]: a warp waits for one part of one token at a
 // time, so it is one trip through memory where there are as many warps.
-DEVICE void gather_parts(const Params &p, float *gathered, u32 number) {
-    const int sums = p.router.hidden + 1, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+DEVICE void gather_parts(const Params &p, const Router &r, float *gathered, u32 number) {
+    const int hidden = p.routers.hidden, sums = hidden + 1, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (int i = warp; i < p.tokens * p.parts; i += WARPS) {
         const int token = i / p.parts, part = i % p.parts;
-        const Two *from = p.router.partial + part * sums * TOKENS + token, *energy = from + p.router.hidden * TOKENS;
-        for (int unit = lane; unit < p.router.hidden; unit += 32) {
+        const Two *from = r.partial + part * sums * TOKENS + token, *energy = from + hidden * TOKENS;
+        for (int unit = lane; unit < hidden; unit += 32) {
             // both at once: the energy is one more than the lanes
             Two found = load_whole(from + unit * TOKENS), with = load_whole(energy);
             while (found.y != number || with.y != number) pause(), found = load_whole(from + unit * TOKENS), with = load_whole(energy);
             gathered[i * sums + unit] = __uint_as_float(found.x);
-            if (unit == 0) gathered[i * sums + p.router.hidden] = __uint_as_float(with.x);
+            if (unit == 0) gathered[i * sums + hidden] = __uint_as_float(with.x);
         }
     }
     __syncthreads();
@@ -134,19 +148,18 @@ DEVICE void gather_parts(const Params &p, float *gathered, u32 number) {
 
 // depth of a token by all lanes of a warp: scores as in `router.scores`, depth as in `router.depths`
 DEVICE int decide_token(const Params &p, const Shared &s, const float *gathered, int token, int lane) {
-    const Router &r = p.router;
-    const int sums = r.hidden + 1;
+    const int hidden = p.routers.hidden, sums = hidden + 1;
     const float *own = gathered + token * p.parts * sums;
     float energy = 0;
-    for (int b = 0; b < p.parts; b++) energy += own[b * sums + r.hidden];
+    for (int b = 0; b < p.parts; b++) energy += own[b * sums + hidden];
     float rms = sqrtf(energy / p.columns);
     rms = rms < 1e-6f ? 1e-6f : rms;  // NaN stays NaN
     const float log_rms = logf(rms);
     float active[MOST_HIDDEN / 32];
 #pragma unroll
     for (int i = 0; i < MOST_HIDDEN / 32; i++) {
-        if (i * 32 >= r.hidden) break;
-        const int unit = i * 32 + lane < r.hidden ? i * 32 + lane : r.hidden - 1;
+        if (i * 32 >= hidden) break;
+        const int unit = i * 32 + lane < hidden ? i * 32 + lane : hidden - 1;
         float sum = 0;
         for (int b = 0; b < p.parts; b++) sum += own[b * sums + unit];
         const float z = sum / rms * s.weight_scale[unit] + log_rms * s.rms[unit] + s.bias[unit];
@@ -157,12 +170,12 @@ DEVICE int decide_token(const Params &p, const Shared &s, const float *gathered,
     float first = 0, fall = 0;
     int depth = 1;
 #pragma unroll 4
-    for (int score = 0; score < r.scores; score++) {
+    for (int score = 0; score < p.routers.scores; score++) {
         float sum = 0;
 #pragma unroll
         for (int i = 0; i < MOST_HIDDEN / 32; i++) {
             const int unit = i * 32 + lane;
-            if (unit < r.hidden) sum += s.out[score * r.hidden + unit] * active[i];
+            if (unit < hidden) sum += s.out[score * hidden + unit] * active[i];
         }
 #pragma unroll
         for (int by = 1; by < 32; by *= 2) sum += shuffle_xor(sum, by);
@@ -174,27 +187,41 @@ DEVICE int decide_token(const Params &p, const Shared &s, const float *gathered,
     return depth < cap ? depth : cap;
 }
 
-// once all scores are there
-DEVICE void decide(const Params &p, const Shared &s) {
+// What a router says of all tokens, once its scores are there: depths to shared memory in all blocks where this launch reads them,
+// or written down by the one block that was asked.
+DEVICE void decide(const Params &p, const Shared &s, const Router &r, bool here) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    gather_parts(p, s.sums, s.wanted[1].number);
+    gather_parts(p, r, s.sums, s.wanted[1].number);
     for (int token = warp; token < p.tokens; token += WARPS) {
         const int depth = decide_token(p, s, s.sums, token, lane);
-        if (lane == 0) {
-            s.depth[token] = depth;
-            if (blockIdx.x == 0) p.router.depth[p.before + token] = depth, count(p, token, depth);
-        }
+        if (lane) continue;
+        if (here) s.depth[token] = depth;
+        if (here && blockIdx.x == 0) count(p, token, depth);
+        if (!here || blockIdx.x == 0) r.depth[p.before + token] = depth;
     }
     __syncthreads();
 }
 
+// what later launches read: blocks take turns, after their own rows
+DEVICE void decide_for_others(const Params &p, const Shared &s) {
+    for (int i = decides(p); i < p.routers.count; i++) {
+        if (blockIdx.x != i % gridDim.x) continue;
+        __syncthreads();  // sums of the last rows have been read
+        take_router(p, s, p.routers.each[i]);
+        decide(p, s, p.routers.each[i], false);
+    }
+}
+
 // this block's part of the scores, where it has one
 DEVICE void score(const Params &p, const Shared &s) {
-    if (part_of(p) >= 0) score_part(p, s, part_of(p));
+    if (has_part(p)) score_part(p, s, router_of(p), part_of(p));
 }
 
 // How launches are numbered: the last block to know the number sets the next one, which nobody reads before this launch has ended.
-DEVICE u32 know_number(const Params &p) { return count_up(p.router.state + 1, threadIdx.x == 0); }
-DEVICE void number_next(const Params &p, const Shared &s, u32 knew) {
-    if (threadIdx.x == 0 && knew == gridDim.x - 1) p.router.state[0] = s.wanted[1].number + 1, p.router.state[1] = 0;
+DEVICE void know_number(const Params &p, const Shared &s) {
+    const u32 before = count_up(p.routers.state + 1, threadIdx.x == 0);
+    if (threadIdx.x == 0) s.wanted[1].before = before;
+}
+DEVICE void number_next(const Params &p, const Shared &s) {
+    if (threadIdx.x == 0 && s.wanted[1].before == gridDim.x - 1) p.routers.state[0] = s.wanted[1].number + 1, p.routers.state[1] = 0;
 }

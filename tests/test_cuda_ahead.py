@@ -1,0 +1,110 @@
+"""Depths that a launch of `few.cu` decides for launches to come: emulated on a CPU, and on a GPU."""
+
+import pytest
+import torch
+from emulation import DEVICES, Emulated, emulate, needs_compiler
+from helpers import random_router
+from test_cuda import SHUT, Case, between, laid
+
+from mobiquant import router
+from mobiquant.kernels.cuda import few, tiles
+
+SLICES = (2, 1, 1, 2, 2)
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(request, monkeypatch):
+    """Emulate where the test is for a CPU, in an order of threads of its own each time."""
+    case = getattr(request.node, "callspec", None)
+    if case is None or case.params.get("device", "cpu") == "cpu":
+        emulate(monkeypatch, abs(hash(request.node.name)))
+
+
+class Ahead(Case):
+    """A case whose group has the routers of `count` inputs; of all launches, or but for the first of launches to come."""
+
+    def __init__(self, device, count=3, rows=(64, 33), columns=192):
+        super().__init__(rows, columns, SLICES, 64, device)
+        drawn = [random_router(columns, 16, len(SLICES) - 1, seed) for seed in range(count)]
+        self.routers = [router.Router(**{name: part.to(device) for name, part in vars(one).items()}) for one in drawn]
+        laid_out = [tiles.prepare_router(one) for one in self.routers]
+        self.group = few.Group([laid(weight) for weight in self.weights], self.biases, laid_out)
+
+    def call(self, x, tau, cap, given=None):
+        """Products, and how many tokens were counted at each depth."""
+        read = torch.zeros(len(tau), self.depths, dtype=torch.float64, device=self.device)
+        limits = torch.tensor(tau, device=self.device), torch.tensor(cap, device=self.device)
+        made = self.group(x, *limits, read, given)
+        assert not self.group.state[1]
+        return made, (read / (sum(weight.scale.shape[0] for weight in self.weights) * self.columns)).cpu()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tokens", [1, 3, 8, 16])
+def test_one_launch_decides_for_itself_and_for_others(tokens, device):
+    case = Ahead(device)
+    x = case.x(tokens, torch.bfloat16)
+    scores = [router.scores(x, one) for one in case.routers]
+    tau = between(torch.cat(scores))
+    depth = [router.depths(s, torch.tensor([tau], device=x.device), torch.tensor([4], device=x.device)) for s in scores]
+    made, read = case.call(x, [tau], [4])
+    for decided, wanted in zip(case.group.depths, depth, strict=True):
+        assert torch.equal(decided[:tokens].long(), wanted)
+    assert read[0].tolist() == [int((depth[0] == d).sum()) for d in range(1, 6)]
+    case.check(x, made, depth[0].cpu())
+    # what is handed over is what is read, and all routers decide for others
+    given = torch.tensor([1, 4, 2, 3], device=x.device, dtype=torch.int32).repeat(4)[:tokens]
+    case.group.depths.fill_(1)
+    made, read = case.call(x, [tau], [4], given)
+    case.check(x, made, given.long().cpu())
+    assert read[0].tolist() == [int((given == d).sum()) for d in range(1, 6)]
+    for decided, wanted in zip(case.group.depths, depth, strict=True):
+        assert torch.equal(decided[:tokens].long(), wanted)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_tokens_without_a_threshold_read_their_cap_whatever_was_decided(device):
+    case = Ahead(device)
+    x = case.x(4, torch.float16)
+    given = torch.tensor([2, 2, 1, 3], device=x.device, dtype=torch.int32)
+    made, read = case.call(x, [SHUT, 0.5], [4, 5], given)
+    case.check(x, made, torch.tensor([4, 4, 1, 3]))
+    assert read.tolist() == [[0, 0, 0, 2, 0], [1, 0, 1, 0, 0]]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_chunks_of_a_call_decide_for_their_own_tokens(device):
+    case = Ahead(device)
+    x = case.x(10, torch.float16)
+    tau = between(torch.cat([router.scores(x, one) for one in case.routers]))
+    given = torch.arange(10, device=x.device, dtype=torch.int32) % 5 + 1
+    together, _ = case.call(x, [tau], [5], given)
+    depths = case.group.depths.clone()
+    case.group.limit = case.group.memory(4)
+    case.group.depths.fill_(1)
+    apart, _ = case.call(x, [tau], [5], given)
+    assert torch.equal(case.group.depths[:, :10], depths[:, :10])
+    for y, other in zip(together, apart, strict=True):
+        assert (y.float() - other.float()).norm() <= 1e-3 * y.float().norm()
+
+
+# what a launch sees when it begins, and what the launch before it writes
+@pytest.mark.parametrize(("early", "late"), [(1, 4), (5, 2), (3, 3)])
+@needs_compiler
+def test_depths_that_are_decided_while_a_launch_begins_are_the_new_ones(early, late, monkeypatch):
+    case = Ahead("cpu", count=0, rows=(96, 200), columns=328)
+    x, given = case.x(3, torch.float16), torch.full((3,), early, dtype=torch.int32)
+    monkeypatch.setattr(Emulated, "late", {given: torch.full((3,), late, dtype=torch.int32)})
+    made, read = case.call(x, [0.1], [5], given)
+    case.check(x, made, torch.full((3,), late))
+    assert read[0, late - 1] == 3
+
+
+@needs_compiler
+def test_more_routers_than_a_launch_takes_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match="5 routers: a launch takes 1 to 4"):
+        Ahead("cpu", count=5)
+    case = Ahead("cpu", count=1)
+    other = tiles.prepare_router(random_router(192, 8, len(SLICES) - 1))
+    with pytest.raises(ValueError, match="differ in hidden units or scores"):
+        few.Group(case.group.members, case.biases, [*case.group.routers, other])
