@@ -57,8 +57,8 @@ def parameters(pieces: int) -> type[ctypes.Structure]:
 class Group:
     """Layers that read one input, their weights in tiles on one device, with the routers that score it.
 
-    The first router decides for these layers, the others for launches to come; where depths are handed to a call, all of them
-    do. `depths` [routers, 16] int32 holds what they decided for the tokens of the last call.
+    The first router decides for these layers, the others for launches to come. `depths` [routers, 16] int32 holds what they
+    decided for the tokens of the last call.
     """
 
     def __init__(self, members: Sequence[Tiles], biases: Sequence[Tensor | None], routers: Sequence[RouterTiles] = ()):
@@ -129,8 +129,8 @@ class Group:
     def kernel(self, dtype: torch.dtype, tokens: int, name: str = "few") -> compiler.Kernel:
         """The kernel for a dtype of activations and up to 4, 8 or 16 tokens, or the one before it, `bytes`."""
         warps, per = SHAPES[fours(tokens)]
-        how = int(dtype == torch.bfloat16), fours(tokens), warps, per, RING
-        more = zip(("BF16", "NT", "WARPS", "PER", "RING"), how, strict=True)
+        how = int(dtype == torch.bfloat16), fours(tokens), warps, per, RING, int(bool(self.routers) and name == "few")
+        more = zip(("BF16", "NT", "WARPS", "PER", "RING", "ROUTED"), how, strict=True)
         return compiler.kernel(name, (*self.definitions, *more), self.device.index or 0)
 
     def __call__(
@@ -139,12 +139,14 @@ class Group:
     ) -> list[Float[Tensor, "T _"]]:  # fmt: skip
         """Products of 1 to 16 tokens, one for each layer; `tau` and `cap` are for T / P tokens each, `read` counts weights.
 
-        `given` are depths that were decided before, for tokens with a threshold. Raises ValueError for more tokens than `most`
-        says.
+        `given` are depths that were decided before, for tokens with a threshold; then there are no routers here. Raises
+        ValueError for more tokens than `most` says.
         """
         tokens, p, x, fits = x.shape[0], self.params, x.contiguous(), self.fits()
         if tokens > self.most():
             raise ValueError(f"{tokens} tokens of {p.columns} columns: a call takes {self.most()}")
+        if given is not None and self.routers:
+            raise ValueError("depths are given to layers that have routers of their own")
         out = [x.new_empty(tokens, one.rows) for one in self.members]
         p.tau, p.cap, p.read, p.entries = tau.data_ptr(), cap.data_ptr(), read.data_ptr(), tau.numel()
         p.given = 0 if given is None else given.data_ptr()

@@ -34,8 +34,8 @@ struct Router {
     int *depth;                   // [tokens]: what it has decided
 };
 
-// Routers that read the input of this launch, all with as many hidden units. Without `given` the first decides for this launch;
-// the others, then all, decide for later ones.
+// Routers that read the input of this launch, all with as many hidden units: the first decides for this launch, the others for
+// later ones.
 struct Routers {
     Router each[MEMBERS];
     u32 *state;                   // launches so far; blocks of this one that know their number, zero between launches
@@ -45,7 +45,7 @@ struct Routers {
 struct Params {
     Member members[MEMBERS];
     Routers routers;
-    const int *given;      // [tokens]: depths that an earlier launch has decided, or null
+    const int *given;      // [tokens]: depths that an earlier launch has decided, or null; there are no routers then
     const u16 *x;          // [tokens, columns]
     u8 *staged;            // x in bytes as in shared memory, made by `bytes.cu`; null where each block makes its own
     const float *tau;      // [entries]

@@ -1,5 +1,5 @@
 // Routers in a launch of `few.cu`: some blocks score all tokens over some columns each, for one router. Where that decides for this
-// launch, every block adds up and decides; for a later launch, one block does, once its rows are done.
+// launch, every block adds up and decides; for a later launch, one block does.
 //
 // So a decision is one trip through memory away from the last score: a block that decided for all others would cost a second. Scores
 // travel with the number of their launch beside them, in one word of eight bytes: who reads the number has the score, and no flag
@@ -35,7 +35,7 @@ DEVICE void score_part(const Params &p, const Shared &s, const Router &r, int pa
                 Sums sums = {};
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    if (i % groups != g) continue;
+                    if (i % groups != g || (i >= 2 && hidden - hidden_tile * HIDDEN_TILE <= 16)) continue;
                     const Four four = fetch_four(from + i * 512, true);
                     const u32 a[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
@@ -97,9 +97,6 @@ DEVICE void count(const Params &p, int token, int depth) {
     atomicAdd(p.read + entry_of(p, token) * p.depths + depth - 1, weights);
 }
 
-// Whether this launch decides what its tokens read.
-DEVICE bool decides(const Params &p) { return p.routers.count && !p.given; }
-
 // Which part of the columns this block scores for which router, if any: all parts of the first router, then of the next. The first
 // blocks do: they are the first to be there, so that blocks that wait for them always can, whatever else runs on the device. Rows
 // are shared out from the other end, so these have no more than others.
@@ -118,7 +115,7 @@ DEVICE void take_router(const Params &p, const Shared &s, const Router &r) {
 
 // ask for what this block will score, and take what it will decide by; neither depends on a launch before
 DEVICE void prepare_scores(const Params &p, const Shared &s) {
-    if (decides(p)) take_router(p, s, p.routers.each[0]);
+    take_router(p, s, p.routers.each[0]);
     if (!has_part(p)) return;
     const Router &r = router_of(p);
     for (int own = part_of(p) * WARPS; own < p.column_tiles; own += WARPS * p.parts) {
@@ -187,28 +184,23 @@ DEVICE int decide_token(const Params &p, const Shared &s, const float *gathered,
     return depth < cap ? depth : cap;
 }
 
-// What a router says of all tokens, once its scores are there: depths to shared memory in all blocks where this launch reads them,
-// or written down by the one block that was asked.
-DEVICE void decide(const Params &p, const Shared &s, const Router &r, bool here) {
+// What routers say of all tokens, once their scores are there: the first to all blocks, the others to one block each, which writes
+// it down. These are blocks that score, and have no more rows than others.
+DEVICE void decide(const Params &p, const Shared &s) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    gather_parts(p, r, s.sums, s.wanted[1].number);
-    for (int token = warp; token < p.tokens; token += WARPS) {
-        const int depth = decide_token(p, s, s.sums, token, lane);
-        if (lane) continue;
-        if (here) s.depth[token] = depth;
-        if (here && blockIdx.x == 0) count(p, token, depth);
-        if (!here || blockIdx.x == 0) r.depth[p.before + token] = depth;
-    }
-    __syncthreads();
-}
-
-// what later launches read: blocks take turns, after their own rows
-DEVICE void decide_for_others(const Params &p, const Shared &s) {
-    for (int i = decides(p); i < p.routers.count; i++) {
-        if (blockIdx.x != i % gridDim.x) continue;
-        __syncthreads();  // sums of the last rows have been read
-        take_router(p, s, p.routers.each[i]);
-        decide(p, s, p.routers.each[i], false);
+    for (int i = 0; i < p.routers.count; i++) {
+        if (i && blockIdx.x != i % gridDim.x) continue;
+        const Router &r = p.routers.each[i];
+        if (i) take_router(p, s, r);
+        gather_parts(p, r, s.sums, s.wanted[1].number);
+        for (int token = warp; token < p.tokens; token += WARPS) {
+            const int depth = decide_token(p, s, s.sums, token, lane);
+            if (lane) continue;
+            if (i == 0) s.depth[token] = depth;
+            if (i == 0 && blockIdx.x == 0) count(p, token, depth);
+            if (i || blockIdx.x == 0) r.depth[p.before + token] = depth;
+        }
+        __syncthreads();
     }
 }
 
