@@ -23,12 +23,12 @@ def on_a_cpu(request, monkeypatch):
 class Ahead(Case):
     """A case whose group has the routers of `count` inputs: its own, and those of launches to come."""
 
-    def __init__(self, device, count=3, rows=(64, 33), columns=192):
+    def __init__(self, device, count=3, rows=(64, 33), columns=192, given=False):
         super().__init__(rows, columns, SLICES, 64, device)
         drawn = [random_router(columns, 16, len(SLICES) - 1, seed) for seed in range(count)]
         self.routers = [router.Router(**{name: part.to(device) for name, part in vars(one).items()}) for one in drawn]
         laid_out = [tiles.prepare_router(one) for one in self.routers]
-        self.group = few.Group([laid(weight) for weight in self.weights], self.biases, laid_out)
+        self.group = few.Group([laid(weight) for weight in self.weights], self.biases, laid_out, given)
 
     def call(self, x, tau, cap, given=None):
         """Products, and how many tokens were counted at each depth."""
@@ -57,19 +57,25 @@ def test_one_launch_decides_for_itself_and_for_others(tokens, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("tokens", [1, 3, 8, 16])
-def test_depths_that_are_handed_over_are_read(tokens, device):
-    case = Ahead(device, count=0)
+@pytest.mark.parametrize(("tokens", "count"), [(1, 3), (3, 0), (8, 2), (16, 0), (16, 3)])
+def test_depths_that_are_handed_over_are_read_and_others_decided(tokens, count, device):
+    case = Ahead(device, count=count, given=True)
     x = case.x(tokens, torch.bfloat16)
+    scores = [router.scores(x, one) for one in case.routers]
+    tau = between(torch.cat(scores)) if scores else 0.5
     given = torch.tensor([1, 4, 2, 3], device=x.device, dtype=torch.int32).repeat(4)[:tokens]
-    made, read = case.call(x, [0.5], [5], given)
-    case.check(x, made, given.long().cpu())
-    assert read[0].tolist() == [int((given == d).sum()) for d in range(1, 6)]
+    for _ in range(2):
+        made, read = case.call(x, [tau], [5], given)
+        case.check(x, made, given.long().cpu())
+        assert read[0].tolist() == [int((given == d).sum()) for d in range(1, 6)]
+    for decided, score in zip(case.group.depths, scores, strict=False):
+        wanted = router.depths(score, torch.tensor([tau], device=x.device), torch.tensor([5], device=x.device))
+        assert torch.equal(decided[:tokens].long(), wanted)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_tokens_without_a_threshold_read_their_cap_whatever_was_decided(device):
-    case = Ahead(device, count=0)
+    case = Ahead(device, count=1, given=True)
     x = case.x(4, torch.float16)
     given = torch.tensor([2, 2, 1, 3], device=x.device, dtype=torch.int32)
     made, read = case.call(x, [SHUT, 0.5], [4, 5], given)
@@ -79,7 +85,7 @@ def test_tokens_without_a_threshold_read_their_cap_whatever_was_decided(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_chunks_of_a_call_have_their_own_tokens(device):
-    case, other = Ahead(device), Ahead(device, count=0)
+    case, other = Ahead(device), Ahead(device, count=1, given=True)
     x = case.x(10, torch.float16)
     tau = between(torch.cat([router.scores(x, one) for one in case.routers]))
     case.call(x, [tau], [5])
@@ -98,7 +104,7 @@ def test_chunks_of_a_call_have_their_own_tokens(device):
 @pytest.mark.parametrize(("early", "late"), [(1, 4), (5, 2), (3, 3)])
 @needs_compiler
 def test_depths_that_are_decided_while_a_launch_begins_are_the_new_ones(early, late, monkeypatch):
-    case = Ahead("cpu", count=0, rows=(96, 200), columns=328)
+    case = Ahead("cpu", count=1, rows=(96, 200), columns=328, given=True)
     x, given = case.x(3, torch.float16), torch.full((3,), early, dtype=torch.int32)
     monkeypatch.setattr(Emulated, "late", {given: torch.full((3,), late, dtype=torch.int32)})
     made, read = case.call(x, [0.1], [5], given)
@@ -108,11 +114,11 @@ def test_depths_that_are_decided_while_a_launch_begins_are_the_new_ones(early, l
 
 @needs_compiler
 def test_more_routers_than_a_launch_takes_are_refused(monkeypatch):
-    with pytest.raises(ValueError, match="5 routers: a launch takes 1 to 4"):
-        Ahead("cpu", count=5)
+    with pytest.raises(ValueError, match="9 routers: a launch takes 4 and 8"):
+        Ahead("cpu", count=9)
     case = Ahead("cpu", count=1)
     other = tiles.prepare_router(random_router(192, 8, len(SLICES) - 1))
     with pytest.raises(ValueError, match="differ in hidden units or scores"):
         few.Group(case.group.members, case.biases, [*case.group.routers, other])
-    with pytest.raises(ValueError, match="given to layers that have routers"):
+    with pytest.raises(ValueError, match="given to layers that decide themselves"):
         case.call(case.x(1, torch.float16), [0.5], [5], torch.ones(1, dtype=torch.int32))

@@ -223,8 +223,8 @@ def ahead():
     later.set_router(random_router(40, FORM.router_hidden, FORM.router_outputs, seed=9))
     precision = Precision(FORM.widths)
     first.attach(precision, first)
-    second.attach(precision, second, first)
-    later.attach(precision, later, first)
+    second.attach(precision, second, 1, first)
+    later.attach(precision, later, 2, first)
     return nn.ModuleList([first, second, later])
 
 
@@ -242,7 +242,26 @@ def test_routers_that_read_the_first_input_decide_when_it_comes():
     assert torch.equal(depth[:25], wanted[:25]) and depth[25:].tolist() == [2] * 25
 
 
-@pytest.mark.parametrize("what", ["nothing", "other tokens", "another precision", "a copy"])
+def test_the_router_for_the_next_block_decides_for_its_first_layer():
+    first, following = MobiLinear(40, 24, FORM, 40, leads=True), MobiLinear(40, 8, FORM)
+    precision, x = Precision(FORM.widths), normal(50, 40)
+    first.attach(precision, first)
+    following.attach(precision, following, 4)
+    first.next_place = 4
+    for seed, ahead in ((0, False), (3, True)):
+        first.set_router(random_router(40, FORM.router_hidden, FORM.router_outputs, seed), ahead)
+    precision.set([0.0], [5])
+    # asked twice, it says the same
+    for _ in range(2):
+        own, told = first.depths(x, 1), following.depths(normal(50, 40, seed=1), 1)
+        for made, ahead in ((own, False), (told, True)):
+            score = router.scores(x, first.get_router(ahead))
+            assert torch.equal(made, router.depths(score, torch.tensor([0.0]), torch.tensor([5])))
+    assert not torch.equal(own, told) and not following.router_names
+    assert sum(name.startswith("router_next_") for name in first.state_dict()) == 6
+
+
+@pytest.mark.parametrize("what", ["nothing", "other tokens", "another precision"])
 def test_a_layer_whose_tokens_nobody_decided_about_says_so(what):
     made, x, y = ahead(), normal(50, 40), normal(50, 24)
     made[0].precision.set([0.0], [5])
@@ -250,9 +269,7 @@ def test_a_layer_whose_tokens_nobody_decided_about_says_so(what):
         made[0](x[:20] if what == "other tokens" else x)
     if what == "another precision":
         made[0].precision.set([0.1], [5])
-    if what == "a copy":
-        made = copy.deepcopy(made)
-    with pytest.raises(RuntimeError, match="50 tokens for which the first layer of its block has decided nothing"):
+    with pytest.raises(RuntimeError, match="50 tokens come to a layer, and no layer before it has decided"):
         made[2](y)
     made[0].precision.set([-INF], [2])
     made[2](y)

@@ -7,7 +7,7 @@ import tiny
 import torch
 
 import mobiquant
-from mobiquant import data, router
+from mobiquant import budget, data, router
 from mobiquant.calibrate import passes, routing
 from mobiquant.calibrate.work import Work
 from mobiquant.config import Format, Training
@@ -19,11 +19,9 @@ ROUTERS = Training(0, distill_steps=0, routing_steps=0, distill_batch=4, router_
 LIST = {"samples": 32, "sequence_length": 32, "format": FORM, "recipe": "full"}
 
 
-def opened(made, form=FORM, original=None):
+def opened(made, original=None):
     """The context of a quantised model beside its float original."""
-    layers = mobilinears(made)
-    owners = [name for name, layer in layers.items() if layer.owner is layer]
-    return routing.opened(passes.Pair.of(made, original or tiny.model()), form, owners, 0.5, HOST)
+    return routing.opened(passes.Pair.of(made, original or tiny.model()), budget.checkpoint_of(made), 0.5, HOST)
 
 
 @pytest.mark.parametrize("routers", ["per-block", "per-input", "per-linear"])
@@ -39,7 +37,7 @@ def test_gated_layers_read_what_quantised_ones_do(tmp_path, routers, tau, cap):
     mobiquant.bits_read(made, reset=True)
     tiny.logits(made, ids)
     bits = mobiquant.bits_read(made)
-    with opened(made, form) as routed:
+    with opened(made) as routed:
         step = routing.Step(torch.full((2,), tau), torch.full((2,), cap), 1.0)
         _, read, _ = routed.losses(ids, step)
         assert torch.allclose(routed.pair.student(ids).logits, wanted, atol=1e-4)
@@ -79,6 +77,25 @@ def test_the_slope_of_the_bits_is_their_gradient_by_the_threshold(tmp_path):
         (gradient,) = torch.autograd.grad(read.sum(), tau)
     # the gradient also knows that earlier gates change the inputs of later ones
     assert torch.allclose(gradient, slope, rtol=0.05)
+
+
+def test_above_4_bits_half_of_the_gradient_is_that_of_the_text(tmp_path, monkeypatch):
+    made, ids = tiny.quantize(tmp_path, format=FORM), tiny.tokens(2, 16)
+
+    def gradient(share):
+        monkeypatch.setattr(routing, "TEXT", share)
+        with opened(made) as routed:
+            each, _, _ = routed.losses(ids, routing.Step(torch.tensor([-1.0, -5.0]), torch.tensor([3, 5]), 1.0))
+            parameters = [gate.out_bias for gate in routed.gates.values()]
+            small, large = (torch.cat(torch.autograd.grad(one, parameters, retain_graph=True)) for one in each)
+            logits = routed.pair.student(ids).logits[1]
+            text = -logits[:-1].log_softmax(-1).gather(1, ids[1, 1:, None]).mean()
+            return each.detach(), small, large, torch.cat(torch.autograd.grad(text, parameters))
+
+    (value, small, none, text), (same, also, half, _), (_, _, whole, _) = (gradient(share) for share in (0.0, 0.5, 1.0))
+    assert torch.equal(value, same) and torch.allclose(small, also, atol=1e-7)
+    assert torch.allclose(half, (none + whole) / 2, atol=1e-7) and torch.allclose(whole, text, atol=1e-6)
+    assert (none - whole).norm() > 0.1 * whole.norm()
 
 
 def test_a_stored_router_scores_as_the_trained_one(tmp_path):

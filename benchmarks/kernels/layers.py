@@ -90,14 +90,21 @@ class Stack:
     def _block(self, generator: torch.Generator) -> list[Launch]:
         made: list[Launch] = []
         ahead = self.routers == "per-block"
+        before = self.launches[-len(self.model.inputs)] if ahead and self.launches else None
+        last = len(self.launches) == (self.model.blocks - 1) * len(self.model.inputs)
         for i, one in enumerate(self.model.inputs):
             laid = [random_tiles(rows, one.columns, generator) for rows in one.rows]
             none: list[Tensor | None] = [None] * len(laid)
-            count = (0 if i else len(self.model.inputs)) if ahead else 1
+            # the first layers decide for the rest of the block and the first of the next, in the first block for themselves
+            count = (0 if i else len(self.model.inputs) - last + (before is None)) if ahead else 1
             scoring = [tiles.prepare_router(random_router(one.columns, generator)) for _ in range(count)]
-            routed = few.Group(laid, none, scoring)
-            decided = made[0].routed.depths[i] if ahead and i else routed.depths[0]
-            made.append(Launch(one, routed, few.Group(laid, none), decided, ahead and i > 0))
+            given = ahead and (i > 0 or before is not None)
+            routed = few.Group(laid, none, scoring, given)
+            if i:
+                decided = made[0].routed.depths[i - (before is not None)] if ahead else routed.depths[0]
+            else:
+                decided = routed.depths[0] if before is None else before.routed.depths[-1]
+            made.append(Launch(one, routed, few.Group(laid, none), decided, given))
         return made
 
     def inputs(self, tokens: int) -> dict[int, Tensor]:

@@ -53,9 +53,9 @@ def quantise_at_random(model: LlamaForCausalLM, slices: tuple[int, ...], routers
                 buffer.random_(0, 256)
             elif name == "zero":
                 buffer.random_(60, 200)
-            elif name in ("scale", "router_weight_scale"):
+            elif name.endswith("scale"):
                 buffer.uniform_(0.001, 0.002)
-            elif name == "router_weight":
+            elif name.endswith("_weight"):
                 buffer.random_(-127, 128)
             elif name != "bias":
                 buffer.normal_()

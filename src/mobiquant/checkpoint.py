@@ -35,6 +35,7 @@ TENSORS = {
     "zero": "uint8 [N, G], zero point in units of 2^(b_1 - 8) base steps",
     "bias": "[N] in the dtype of the model, where the layer has one",
     "router_weight": "int8 [h, K of the input it reads], hidden layer, in the owner of a shared input only, as all of a router",
+    "router_next_*": "the same for the router that decides for the first layers of the next block",
     "router_weight_scale": "float16 [h], one step for each row of router_weight",
     "router_rms": "float32 [h], weight of log rms(x)",
     "router_bias": "float32 [h]",
@@ -47,24 +48,39 @@ _PLANE = re.compile(r"\.planes_(\d+)$")
 
 def build_layers(model: nn.Module, stored: Checkpoint) -> Precision:
     """Put empty quantised layers in the place of the linear layers that the checkpoint lists, wired to one precision."""
-    precision, read = Precision(stored.format.widths), stored.read_by_routers()
+    precision, read, form = Precision(stored.format.widths), stored.read_by_routers(), stored.format
+    ahead = form.routers == "per-block"
+    firsts = [stored.inputs[place][0] for place in stored.blocks] if ahead else []
     columns_of: dict[str, int] = {}
-    for names in stored.inputs:
+    for place, names in enumerate(stored.inputs):
         for name in names:
             try:
                 old = model.get_submodule(name)
             except AttributeError:
                 raise InputError(f"the checkpoint lists a layer '{name}' that {type(model).__name__} does not have") from None
-            rows, columns_of[name] = blocks.weight_of(old).shape
-            bias = getattr(old, "bias", None)
-            router_columns = columns_of[read[name]] if name in read else None
+            rows, columns = blocks.weight_of(old).shape
+            columns_of[name], bias = columns, getattr(old, "bias", None)
+            # the router of the first layers of a block lies in the block before, but for the first block
+            reads = columns_of[read[name]] if name in read and name not in firsts[1:] else None
             with torch.device(old.weight.device):  # type: ignore[arg-type]
-                layer = MobiLinear(columns_of[name], rows, stored.format, router_columns, None if bias is None else bias.dtype)
+                dtype = None if bias is None else bias.dtype
+                layer = MobiLinear(columns, rows, form, reads, dtype, leads=name in firsts[:-1])
             blocks.replace(model, name, layer)
-            owner = layer if name in read else model.get_submodule(names[0])
-            first = model.get_submodule(read[name]) if name in read else None
-            layer.attach(precision, owner, first)  # type: ignore[arg-type]
+            owner: Any = layer if name in read else model.get_submodule(names[0])
+            first: Any = model.get_submodule(read[name]) if reads is not None and read[name] != name else None
+            layer.attach(precision, owner, place if ahead and place and name in read else None, first)
+            if name in firsts[:-1]:
+                layer.next_place = stored.blocks[firsts.index(name) + 1]
     return precision
+
+
+def router_holders(layers: dict[str, MobiLinear], stored: Checkpoint) -> dict[str, tuple[MobiLinear, bool]]:
+    """Owner -> the layer that holds its router, and whether as that for the next block."""
+    firsts = [stored.inputs[place][0] for place in stored.blocks[1:]] if stored.format.routers == "per-block" else []
+    return {
+        name: (layers[read], True) if name in firsts else (layers[name], False)
+        for name, read in stored.read_by_routers().items()
+    }
 
 
 def stored_bits(model: nn.Module, form: Format, depth: int | None = None) -> dict[str, float]:

@@ -25,9 +25,10 @@ class InputError(ValueError):
 class Format:
     """How the weights of a checkpoint are stored. Raises InputError on settings that cannot be.
 
-    `routers` says what they read: `per-block`, the input of a block's first layers, one router for each input of the block;
-    `per-input`, the input itself; `per-linear`, the same with a router for each layer. `router_outputs` is the number of
-    scores that stored routers give; more than `len(slices) - 1` only where a checkpoint was loaded without its last slices.
+    `routers` says what they read: `per-block`, the input of a block's first layers, for the rest of the block and the first
+    layers of the next; `per-input`, the input of the layers themselves; `per-linear`, the same with a router for each layer.
+    `router_outputs` is the number of scores that stored routers give; more than `len(slices) - 1` only where a checkpoint was
+    loaded without its last slices.
     """
 
     slices: tuple[int, ...] = (2, 1, 1, 2, 2)
@@ -186,16 +187,20 @@ class Checkpoint:
     versions: dict[str, str] = field(default_factory=dict)
 
     def read_by_routers(self) -> dict[str, str]:
-        """Owner of a router -> the layer whose input the router reads: itself, or the first layer of the block."""
+        """Owner -> the layer whose input its router reads: itself, the first layer of its block, or of the block before."""
         if self.format.routers == "per-linear":
             return {name: name for names in self.inputs for name in names}
         if self.format.routers == "per-input":
             return {names[0]: names[0] for names in self.inputs}
         if self.inputs and (not self.blocks or self.blocks[0] != 0):
             raise InputError("the checkpoint does not say where its blocks begin: quantise the model again")
-        ends = (*self.blocks[1:], len(self.inputs))
-        spans = [self.inputs[begin:end] for begin, end in zip(self.blocks, ends, strict=True)]
-        return {names[0]: span[0][0] for span in spans for names in span}
+        read: dict[str, str] = {}
+        first = before = self.inputs[0][0] if self.inputs else ""
+        for place, names in enumerate(self.inputs):
+            if place in self.blocks:
+                before, first = first, names[0]
+            read[names[0]] = before if names[0] == first else first
+        return read
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON, `quant_method` and `format_version` first."""

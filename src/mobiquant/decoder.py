@@ -24,6 +24,7 @@ from mobiquant import budget, clip, matmul, pack
 from mobiquant import slices as s
 from mobiquant.kernels.cpu import library
 from mobiquant.linear import MobiLinear
+from mobiquant.router import Router
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # rotary positions that do not depend on the length of the text
@@ -182,8 +183,11 @@ class Decoder:
             shape = layer.format.slices[0], layer.format.group_size, layer.in_features
             made.linear[place] = library.weight_of(planes, *parts[-2:], bias, *shape)
             if layer.owner is not before:
-                made.router[place] = self._router(layer)
-                made.ahead = made.ahead or bool(layer.owner.first)
+                made.ahead = made.ahead or layer.format.routers == "per-block"
+                if layer.owner.place is None or place:
+                    made.router[place] = self._router(layer.get_router())
+                if layer.next_place is not None:
+                    made.next = self._router(layer.get_router(ahead=True))
             before = layer.owner
         made.first_norm, made.second_norm = (
             self._floats(block.get_submodule(name).weight) for name in ("input_layernorm", "post_attention_layernorm")
@@ -194,8 +198,7 @@ class Decoder:
                 setattr(made, where, self._floats(getattr(attention, name).weight))
         return made
 
-    def _router(self, layer: MobiLinear) -> library.Router:
-        found = layer.get_router()
+    def _router(self, found: Router) -> library.Router:
         made = library.Router(
             *(
                 self._pointer(part)

@@ -23,6 +23,8 @@ class Precision:
         self._read: dict[torch.device, Tensor] = {}
         self._read_fixed = [0.0] * len(widths)
         self._tau = torch.empty(0)
+        # what was decided ahead, by the place of its owner, and at which precision
+        self._ahead: dict[int, tuple[int, Tensor]] = {}
         self.changes = 0
         self.set([float("-inf")], [len(widths)])
 
@@ -56,6 +58,24 @@ class Precision:
             with torch.inference_mode(False):
                 self._copies[device] = self._tau.to(device, copy=True), self._cap.to(device, copy=True)
         return self._copies[device]
+
+    def tell(self, place: int, depth: Int[Tensor, " T"]) -> None:
+        """Keep the depths of the tokens that run, which were decided for the layers of the owner at a place."""
+        self._ahead[place] = self.changes, depth
+
+    def is_told(self, place: int, tokens: int) -> bool:
+        """Whether there are depths of so many tokens for a place, decided at this precision."""
+        changes, depth = self._ahead.get(place, (-1, None))
+        return depth is not None and (changes, depth.shape[0]) == (self.changes, tokens)
+
+    def told(self, place: int, tokens: int) -> Int[Tensor, " T"]:
+        """What was decided for a place; raises RuntimeError where nobody has, for so many tokens at this precision."""
+        if not self.is_told(place, tokens):
+            raise RuntimeError(
+                f"{tokens} tokens come to a layer, and no layer before it has decided what they read: run the blocks of the "
+                "model in order, or quantise with routers per-input"
+            )
+        return self._ahead[place][1]
 
     def record(self, depth: Int[Tensor, " T"] | int, tokens: int, size: int) -> None:
         """Count what `tokens` tokens read in a layer of `size` weights; no host synchronisation."""

@@ -1,11 +1,11 @@
 """The quantised linear layer: holds planes, scales and perhaps a router, and reads at the precision it is told.
 
 What: `MobiLinear` replaces `nn.Linear` (or GPT-2's `Conv1D`). Its buffers are exactly the stored tensors. Layers that read
-the same input share the router of their owner. That router reads the same input, or that of the first layers of the block
-(`Format.routers`): these then decide for all layers of the block as it begins, and hand each owner the depths of its tokens.
+the same input share the router of their owner. That router reads the same input, or an earlier one (`Format.routers`): the
+first layers of a block then decide for the rest of it and for the first layers of the next, and the knob hands depths on.
 
-Why ahead: a decision takes longer than the weights of a layer do. Made ahead, it costs later layers nothing, and their slices
-are on their way before their input is there.
+Why ahead: a decision takes longer than the weights of a layer do. Made ahead, it costs the layer nothing, and its slices are on
+their way before its input is there.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from mobiquant.kernels.cuda.few import Group
     from mobiquant.kernels.cuda.tiles import Tiles
 
-ROUTER_PREFIX = "router_"
+# of the router that decides for a layer, and of the one that decides for the first layers of the next block
+ROUTER_PREFIX, NEXT_PREFIX = "router_", "router_next_"
 
 
 class MobiLinear(nn.Module):
@@ -35,7 +36,8 @@ class MobiLinear(nn.Module):
     """
 
     def __init__(
-        self, columns: int, rows: int, form: Format, router_columns: int | None = None, bias: torch.dtype | None = None
+        self, columns: int, rows: int, form: Format, router_columns: int | None = None, bias: torch.dtype | None = None,
+        leads: bool = False,
     ):  # fmt: skip
         super().__init__()
         self.in_features, self.out_features, self.format = columns, rows, form
@@ -49,33 +51,41 @@ class MobiLinear(nn.Module):
         self.register_buffer("zero", torch.zeros(rows, count, dtype=torch.uint8))
         self.register_buffer("bias", None if bias is None else torch.zeros(rows, dtype=bias))
         self.router_names: tuple[str, ...] = ()
-        if router_columns is not None:
-            entries = router.shapes(router_columns, form.router_hidden, form.router_outputs or 0)
-            for name, (shape, dtype) in entries.items():
-                self.register_buffer(ROUTER_PREFIX + name, torch.zeros(shape, dtype=dtype))
-            self.router_names = tuple(entries)
+        for prefix, read in ((ROUTER_PREFIX, router_columns), (NEXT_PREFIX, columns if leads else None)):
+            if read is not None:
+                entries = router.shapes(read, form.router_hidden, form.router_outputs or 0)
+                for name, (shape, dtype) in entries.items():
+                    self.register_buffer(prefix + name, torch.zeros(shape, dtype=dtype))
+                self.router_names += tuple(prefix + name for name in entries)
         self.precision = Precision(form.widths)
         # tuples hide layers from torch, or their tensors would be listed twice
         self._owner: tuple[MobiLinear, ...] = ()
         self._others: tuple[MobiLinear, ...] = ()
-        # whose input the router of this owner reads, where it is another's; owners whose routers read that of this one
+        # of an owner: the layer of its block whose input its router reads, and the owners whose routers read that of this one
         self._first: tuple[MobiLinear, ...] = ()
         self._later: tuple[MobiLinear, ...] = ()
-        # what was decided for the tokens of this owner at the beginning of the block, and in what state
-        self._decided: tuple[tuple[int, int], Tensor] | None = None
+        # places of what is decided ahead, for this owner and by the router for the next block; None where nothing is
+        self.place: int | None = None
+        self.next_place: int | None = None
         # on CUDA: the weight as kernels read it, in place of the planes; of an owner, what one launch takes and has made ahead
         self._tiles: Tiles | None = None
         self._group: Group | None = None
         self._ahead: tuple[Tensor, tuple[int, int], dict[int, Tensor]] | None = None
 
-    def attach(self, precision: Precision, owner: "MobiLinear", first: "MobiLinear | None" = None) -> None:
-        """Join a model: its precision, the layer whose router decides for this one (itself, maybe), and for an owner the layer
-        whose input that router reads, where it is another's."""
+    def attach(
+        self, precision: Precision, owner: "MobiLinear", place: int | None = None, first: "MobiLinear | None" = None
+    ) -> None:
+        """Join a model: its precision, and the layer whose router decides for this one (itself, maybe).
+
+        An owner whose depths are decided ahead has a `place` among them; `first` is the layer whose input its router reads,
+        where that is another one of the same block.
+        """
         self.precision = precision
         self._owner = () if owner is self else (owner,)
         if owner is not self:
             owner._others = (*(other for other in owner._others if other is not self), self)
-        if first is not None and first is not self:
+        self.place = place
+        if first is not None:
             self._first = (first,)
             first._later = (*(other for other in first._later if other is not self), self)
 
@@ -83,11 +93,6 @@ class MobiLinear(nn.Module):
     def owner(self) -> "MobiLinear":
         """The layer that holds the router of this one."""
         return self._owner[0] if self._owner else self
-
-    @property
-    def first(self) -> "tuple[MobiLinear, ...]":
-        """The layer whose input the router of this owner reads, where it is another's."""
-        return self._first
 
     @property
     def members(self) -> "tuple[MobiLinear, ...]":
@@ -156,19 +161,30 @@ class MobiLinear(nn.Module):
             self._planes(), self.scale, self.zero, self.format.slices, self.format.group_size, self.in_features
         )
 
-    def get_router(self) -> router.Router:
-        """The router of this layer's owner, its outputs cut to the slices that are loaded."""
-        owner = self.owner
-        parts = {name: getattr(owner, ROUTER_PREFIX + name) for name in owner.router_names}
+    def get_router(self, ahead: bool = False) -> router.Router:
+        """The router of this layer's owner, or its one for the next block, with outputs for the slices that are loaded."""
+        owner, prefix = self.owner, NEXT_PREFIX if ahead else ROUTER_PREFIX
+        parts = {name: getattr(owner, prefix + name) for name in router.NAMES}
         kept = len(self.format.slices) - 1
         parts["out"], parts["out_bias"] = parts["out"][:kept], parts["out_bias"][:kept]
         return router.Router(**parts)
 
-    def set_router(self, trained: router.Router) -> None:
-        """Store a router in a layer that owns one."""
+    def set_router(self, trained: router.Router, ahead: bool = False) -> None:
+        """Store a router in a layer that owns one, or its router for the next block."""
         self.release()
-        for name in self.router_names:
-            getattr(self, ROUTER_PREFIX + name).copy_(getattr(trained, name))
+        for name in router.NAMES:
+            getattr(self, (NEXT_PREFIX if ahead else ROUTER_PREFIX) + name).copy_(getattr(trained, name))
+
+    def routers_ahead(self) -> list[tuple[int, router.Router]]:
+        """The routers that read the input of this layer and decide for others, with the places of those."""
+        made = [owner.get_router() for owner in self._later]
+        if self.next_place is not None:
+            made.append(self.get_router(ahead=True))
+        return list(zip(self._places_ahead(), made, strict=True))
+
+    def _places_ahead(self) -> list[int]:
+        found = [*(owner.place for owner in self._later), self.next_place]
+        return [place for place in found if place is not None]
 
     def set_weight(self, code: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None) -> None:
         """Store master codes uint8 [N, K], scales fp16 [N, G], zero points uint8 [N, G] and a bias [N]."""
@@ -183,8 +199,8 @@ class MobiLinear(nn.Module):
     def depths(self, x: Float[Tensor, "T K"], sequences: int | None) -> Int[Tensor, " T"] | int:
         """Depth of each token, or one number where all read the same; `sequences` is None where tokens came flattened.
 
-        The first layer of a block decides for later ones too. Raises ValueError where precision is set for another number of
-        sequences, RuntimeError where the first layer of the block has not been called with these tokens.
+        Decides for later layers too. Raises ValueError where precision is set for another number of sequences, RuntimeError
+        where an earlier layer should have decided and was not called.
         """
         precision = self.precision
         if precision.fixed is not None:
@@ -195,25 +211,11 @@ class MobiLinear(nn.Module):
             tau, cap = tau.repeat_interleave(repeat), cap.repeat_interleave(repeat)
         if not precision.routed:
             return cap
-        if self.owner._first:
-            return self._given(x.shape[0]).long()
-        for owner in self._later:
-            owner._take(router.depths(router.scores(x, owner.get_router()), tau, cap))
+        for place, other in self.routers_ahead():
+            precision.tell(place, router.depths(router.scores(x, other), tau, cap))
+        if self.owner.place is not None:
+            return precision.told(self.owner.place, x.shape[0]).to(x.device, torch.int64)
         return router.depths(router.scores(x, self.get_router()), tau, cap)
-
-    def _take(self, depth: Int[Tensor, " T"]) -> None:
-        """Be told what the tokens to come read."""
-        self._decided = (self.precision.changes, depth.shape[0]), depth
-
-    def _given(self, tokens: int) -> Int[Tensor, " T"]:
-        """What was decided for these tokens as the block began."""
-        decided = self.owner._decided
-        if decided is None or decided[0] != (self.precision.changes, tokens):
-            raise RuntimeError(
-                f"a layer is called with {tokens} tokens for which the first layer of its block has decided nothing: call the "
-                "block as a whole, or quantise with routers per-input"
-            )
-        return decided[1]
 
     @staticmethod
     def _check_sequences(entries: int, tokens: int, sequences: int | None) -> int:
@@ -266,16 +268,25 @@ class MobiLinear(nn.Module):
         """
         tau, cap = self.precision.on(x.device)
         self._check_sequences(tau.numel(), x.shape[0], sequences)
-        given = self._given(x.shape[0]).int() if self._first else None
         group = self._launch()
-        made = group(x, tau, cap, self.precision.counter(x.device), given)
-        for owner, depth in zip(self._later, group.depths[1:], strict=True):
-            owner._take(depth[: x.shape[0]])
+        made = group(x, tau, cap, self.precision.counter(x.device), self._given(x))
+        told = group.depths[int(self.place is None) :, : x.shape[0]]
+        for place, depth in zip(self._places_ahead(), told, strict=False):
+            self.precision.tell(place, depth)
         return made
 
-    def _deciders(self) -> "list[MobiLinear]":
-        """The owners whose routers read the input of this one."""
-        return [] if self._first else [layer for layer in (self, *self._later) if layer.router_names]
+    def _given(self, x: Float[Tensor, "T K"]) -> Int[Tensor, " T"] | None:
+        """What an earlier layer has decided, as kernels read it; any depth where thresholds say that none does."""
+        if self.place is None:
+            return None
+        if not self.precision.routed and not self.precision.is_told(self.place, x.shape[0]):
+            return torch.ones(x.shape[0], dtype=torch.int32, device=x.device)
+        return self.precision.told(self.place, x.shape[0]).to(x.device, torch.int32)
+
+    def _routers(self) -> list[router.Router]:
+        """The routers that read the input of this owner; the first decides for itself where nobody does ahead."""
+        own = [self.get_router()] if self.place is None and self.router_names else []
+        return [*own, *(other for _, other in self.routers_ahead())]
 
     def _most(self) -> int:
         """Tokens that one call takes of all members; 0 where they or the routers are more than it holds."""
@@ -283,8 +294,8 @@ class MobiLinear(nn.Module):
             return self._group.most()
         from mobiquant.kernels.cuda import few, tiles
 
-        routers = [layer.get_router() for layer in self._deciders()]
-        if max(len(self.members), len(routers)) > few.MEMBERS or not all(map(tiles.check_router, routers)):
+        routers = self._routers()
+        if len(self.members) > few.MEMBERS or len(routers) > few.ROUTERS or not all(map(tiles.check_router, routers)):
             return 0
         return self._launch().most()
 
@@ -295,10 +306,10 @@ class MobiLinear(nn.Module):
 
             for layer in self.members:
                 layer.lay_out()
-            laid = [tiles.prepare_router(layer.get_router()) for layer in self._deciders()]
-            biases = [layer.bias for layer in self.members]
+            laid, biases = [tiles.prepare_router(own) for own in self._routers()], [layer.bias for layer in self.members]
             with torch.inference_mode(False):
-                self._group = few.Group([layer._tiles for layer in self.members], biases, laid)  # type: ignore[misc]
+                members: Any = [layer._tiles for layer in self.members]
+                self._group = few.Group(members, biases, laid, self.place is not None)
         return self._group
 
     def extra_repr(self) -> str:

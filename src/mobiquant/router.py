@@ -13,7 +13,7 @@ both modes and a batch may mix them.
 Trade-off: `A` is nearly all of a router and is stored in int8; everything else is fp16 or fp32 and small.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Float, Float16, Float32, Int, Int8
@@ -33,6 +33,9 @@ class Router:
     bias: Float32[Tensor, " h"]
     out: Float32[Tensor, "R h"]
     out_bias: Float32[Tensor, " R"]
+
+
+NAMES = tuple(field.name for field in fields(Router))
 
 
 def shapes(columns: int, hidden: int, outputs: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

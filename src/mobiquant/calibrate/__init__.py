@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from mobiquant import blocks, budget, data, integration, matmul, quantizer
 from mobiquant.calibrate import fast, full, paper, thresholds, work
 from mobiquant.calibrate.passes import Pair
-from mobiquant.calibrate.streams import Stage, Streams
+from mobiquant.calibrate.streams import First, Stage, Streams
 from mobiquant.calibrate.work import Work
 from mobiquant.config import BETWEEN, Calibration, Checkpoint, Format, InputError, Training
 from mobiquant.knob import Precision
@@ -55,7 +55,10 @@ def quantize(
     started = time.monotonic()
     if recipe != "full" and (training or work_dir or resume):
         raise InputError(f"recipe '{recipe}' has no training to keep or go on with: use recipe full")
-    form, target = format or Format(), pick_device(device)
+    # the paper recipe trains block by block: its routers cannot read the block before
+    form, target = format or Format(routers="per-input" if recipe == "paper" else "per-block"), pick_device(device)
+    if recipe == "paper" and form.routers == "per-block":
+        raise InputError("recipe paper trains routers block by block: give it routers per-input or per-linear")
     names = [calibration] if isinstance(calibration, str) else list(calibration)
     chosen = Calibration(recipe=recipe, text=BETWEEN.join(names), **settings).resolved(form.slices, target.type == "cpu")
     texts = {name: data.load_text(name, "calibrate") for name in names}
@@ -155,10 +158,13 @@ def run(
     streams = Streams(hidden, readings, settings.batch, device)
     precision, inputs, fitted, skipped = Precision(form.widths), [], [], left_out(model, root)
     begins: list[int] = []
+    before: First | None = None
     log: list[dict[str, Any]] = []
     for index, block in enumerate(stack):
         stage = Stage(block, index, calls, precision, device)
         groups = stage.groups(hidden[:1])
+        stage.place, stage.before = len(inputs), before
+        stage.next_place = len(inputs) + len(groups) if index < count - 1 else None
         unused = set(blocks.linears(stage.teacher)) - {name for names in groups for name in names}
         skipped.update({f"{root}.{index}.{name}": "not used when the block runs" for name in sorted(unused)})
         found, entries = recipe(stage, streams, groups, form, settings)
@@ -166,6 +172,7 @@ def run(
         log += [{"block": index, **entry} for entry in entries]
         streams.advance(stage)
         _keep(stage, block)
+        before = stage.first
         begins.append(len(inputs))
         inputs += [tuple(f"{root}.{index}.{name}" for name in names) for names in groups]
         progress("quantising blocks", index + 1, count)

@@ -22,7 +22,7 @@ from torch import Tensor
 from mobiquant import blocks, clip, compensate, router
 from mobiquant import slices as s
 from mobiquant.calibrate import routers
-from mobiquant.calibrate.streams import FLOAT, Reading, Sample, Stage, Streams, fixed
+from mobiquant.calibrate.streams import FLOAT, First, Holder, Reading, Sample, Stage, Streams, fixed
 from mobiquant.config import Calibration, Format
 from mobiquant.linear import MobiLinear
 
@@ -55,16 +55,16 @@ def quantize_block(
 ) -> tuple[list[Fitted], list[dict[str, Any]]]:
     """Replace the named layers of the student by quantised ones; the log says how well routers fit, if they are to `route`."""
     fitted: list[Fitted] = []
-    first: tuple[MobiLinear, Sample] | None = None
-    for names in groups:
+    for place, names in enumerate(groups):
         own, mixed, sample = streams.moments(stage, names[0])
         weights = [blocks.weight_of(stage.teacher.get_submodule(name)) for name in names]
         grid, code = solve(torch.cat(weights), own, mixed, form, settings)
-        layers = install(stage, names, grid, code, form, first and first[0])
-        first = first or (layers[0], sample)
+        layers = install(stage, names, grid, code, form, place)
+        if place == 0:
+            stage.first = First(layers[0], sample)
         if route:
-            read = first[1] if form.routers == "per-block" else sample
-            fitted += fit_routers(names, layers, sample, read, torch.cat(weights), grid.read(code), form)
+            read, holder = stage.router_of(place, layers[0], sample, form)
+            fitted += fit_routers(names, layers, sample, read, holder, torch.cat(weights), grid.read(code), form)
     return fitted, log_of(fitted)
 
 
@@ -100,27 +100,30 @@ def solve(
     return grid, compensate.descend(code, grid, problem, settings.sweeps)
 
 
-def install(
-    stage: Stage, names: list[str], grid: compensate.Grid, code: Tensor, form: Format, first: MobiLinear | None
-) -> list[MobiLinear]:
+def install(stage: Stage, names: list[str], grid: compensate.Grid, code: Tensor, form: Format, place: int) -> list[MobiLinear]:
     """Put quantised layers in the place of the student's; rows of `code` are those of the layers one after another.
 
-    `first` is the first layer of the block, None while there is none.
+    `place` is that of their input in the block.
     """
-    if form.routers != "per-block":
-        first = None
     layers: list[MobiLinear] = []
-    start = 0
+    start, columns, ahead = 0, code.shape[1], form.routers == "per-block"
+    first = stage.first.layer if stage.first and ahead else None
+    # the router of the first layers of a block lies in the block before
+    carried = ahead and place == 0 and stage.before is not None
     for name in names:
         old = stage.student.get_submodule(name)
         rows = slice(start, start + blocks.weight_of(old).shape[0])
         bias = getattr(old, "bias", None)
         owns = not layers or form.routers == "per-linear"
-        columns = code.shape[1]
-        reads = (first.in_features if first else columns) if owns else None
-        layer = MobiLinear(columns, rows.stop - start, form, reads, None if bias is None else bias.dtype).to(stage.device)
+        reads = (first.in_features if first else columns) if owns and not carried else None
+        leads = ahead and place == 0 and not layers and stage.next_place is not None
+        layer = MobiLinear(columns, rows.stop - start, form, reads, None if bias is None else bias.dtype, leads).to(
+            stage.device
+        )
         layer.set_weight(code[rows], grid.scale[rows], grid.zero[rows], bias)
-        layer.attach(stage.precision, layer if owns else layers[0], first if owns else None)
+        among = stage.place + place if ahead and owns and (first or carried) else None
+        layer.attach(stage.precision, layer if owns else layers[0], among, first if owns else None)
+        layer.next_place = stage.next_place if leads else None
         blocks.replace(stage.student, name, layer)
         layers.append(layer)
         start = rows.stop
@@ -132,6 +135,7 @@ def fit_routers(
     layers: list[MobiLinear],
     sample: Sample,
     read: Sample,
+    holder: Holder,
     weight: Float[Tensor, "N K"],
     reads: Float[Tensor, "E N K"],
     form: Format,
@@ -139,26 +143,27 @@ def fit_routers(
 ) -> list[Fitted]:
     """Fit the routers of the layers of one input, whose rows lie one after another in `weight` and `reads`.
 
-    `sample` is of that input, `read` of what the routers read, for the same tokens.
+    `sample` is of that input, `read` of what the routers read, for the same tokens; `holder` keeps a router that layers share.
     """
     if form.routers != "per-linear":
-        return [_route(names, layers[0], sample, read, weight, reads, form, offset)]
+        return [_route(names, holder, sample, read, weight, reads, form, offset)]
     fitted: list[Fitted] = []
     start = 0
     for name, layer in zip(names, layers, strict=True):
         rows = slice(start, start + layer.out_features)
-        fitted.append(_route([name], layer, sample, read, weight[rows], reads[:, rows], form, offset))
+        fitted.append(_route([name], (layer, False), sample, read, weight[rows], reads[:, rows], form, offset))
         start = rows.stop
     return fitted
 
 
 def _route(
-    names: list[str], owner: MobiLinear, sample: Sample, read: Sample, weight: Tensor, reads: Tensor, form: Format,
+    names: list[str], holder: Holder, sample: Sample, read: Sample, weight: Tensor, reads: Tensor, form: Format,
     offset: Tensor | None,
 ) -> Fitted:  # fmt: skip
     target = routers.targets(sample.tokens, weight, reads, offset)
     fitted = routers.fit(read.tokens, target, read.firsts, form)
-    owner.set_router(fitted)
+    layer, ahead = holder
+    layer.set_router(fitted, ahead)
     with torch.no_grad():
         scores = router.scores(read.tokens, fitted)
         return Fitted(tuple(names), weight.numel(), scores.cpu(), routers.explained(scores, target))

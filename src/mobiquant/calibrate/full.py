@@ -27,7 +27,7 @@ from mobiquant.calibrate import distill, fast, nested, routing, sensitivity, thr
 from mobiquant.calibrate.latent import Depth, open_latents
 from mobiquant.calibrate.nested import NestedStage
 from mobiquant.calibrate.passes import Pair
-from mobiquant.calibrate.streams import Sample, Stage, Streams
+from mobiquant.calibrate.streams import First, Stage, Streams
 from mobiquant.calibrate.work import Work
 from mobiquant.config import Calibration, Checkpoint, Format, Training
 from mobiquant.knob import Precision
@@ -215,36 +215,39 @@ class Run:
         few = torch.linspace(0, len(tokens) - 1, min(ROUTED, len(tokens))).long()
         hidden, calls = self._capture(tokens[few])
         streams = Streams(hidden, fast.readings(form), self.settings.batch, self.device)
+        before: First | None = None
         for index, (original, quantised) in enumerate(zip(pair.originals, pair.stack, strict=True)):
             stage, head = _Pair(original, quantised, index, calls, self.device), f"{pair.root}.{index}."
-            first: Sample | None = None
-            for full_names in [names for names in self.stored.inputs if names[0].startswith(head)]:
+            stage.before = before
+            every = [names for names in self.stored.inputs if names[0].startswith(head)]
+            for place, full_names in enumerate(every):
                 names = [name.removeprefix(head) for name in full_names]
                 layers = [stage.student.get_submodule(name) for name in names]
                 weight = torch.cat([blocks.weight_of(stage.teacher.get_submodule(name)) for name in names])
                 depths = range(1, len(form.slices) + 1)
                 reads = torch.stack([torch.cat([layer.packed().read(d) for layer in layers]) for d in depths])  # type: ignore
+                # routers are kept by the layers of the model, not by those of the stage
+                kept: Any = [quantised.get_submodule(name) for name in names]
                 with torch.no_grad():
                     sample, offset = streams.sample(stage, names[0]), offsets.get(full_names[0])
-                    first = first or sample
-                    read = first if form.routers == "per-block" else sample
-                    fitted += fast.fit_routers(names, layers, sample, read, weight, reads, form, offset)  # type: ignore[arg-type]
-                for name, layer in zip(names, layers, strict=True):
-                    if layer.router_names:
-                        quantised.get_submodule(name).set_router(layer.get_router())  # type: ignore[operator]
+                    if place == 0:
+                        stage.first = First(kept[0], sample)
+                    read, holder = stage.router_of(place, kept[0], sample, form)
+                    fitted += fast.fit_routers(names, kept, sample, read, holder, weight, reads, form, offset)
+            before = stage.first
             streams.advance(stage)
             self.progress("fitting routers", index + 1, len(pair.stack))
         return fitted
 
     def _train_routers(self, fitted: list[fast.Fitted]) -> tuple[list[fast.Fitted], list[dict[str, Any]]]:
         """Train all routers end to end."""
-        plan, inputs = self.plan, self.stored.inputs
+        plan = self.plan
 
         def steps(seconds: float) -> int:
             return plan.steps(routing.NAME, plan.training.routing_steps, ROUTING_SHARE, 1, lambda: seconds)
 
         windows = self.windows[self.held] if self.held.any() else self.windows
-        everything = (self.pair, inputs, fitted, windows, self.form, plan.training, steps, self.settings.seed)
+        everything = (self.pair, self.stored, fitted, windows, plan.training, steps, self.settings.seed)
         return routing.train(*everything, self.device, plan.work, self.progress)
 
 

@@ -26,7 +26,6 @@ from mobiquant.calibrate import latent
 from mobiquant.calibrate.fast import Fitted, install
 from mobiquant.calibrate.streams import FLOAT, ROUTER_TOKENS, Reading, Stage, Streams
 from mobiquant.config import Calibration, Format
-from mobiquant.linear import MobiLinear
 
 CLIP_START = 4.0
 TEMPERATURES = (1.0, 0.3)
@@ -39,16 +38,10 @@ def readings(form: Format) -> list[Reading]:
 
 
 class Gates(nn.Module):
-    """A router in training; remembers the soft average of the bits its last tokens read.
+    """A router in training; remembers the soft average of the bits its last tokens read."""
 
-    It reads what `first` was last given, where that is another router, else what it is given itself.
-    """
-
-    def __init__(self, columns: int, form: Format, generator: torch.Generator, first: "Gates | None" = None):
+    def __init__(self, columns: int, form: Format, generator: torch.Generator):
         super().__init__()
-        # a tuple hides the other router, whose parameters are its own
-        self._first = () if first is None else (first,)
-        self.seen: Tensor = torch.empty(0)
         hidden, outputs = form.router_hidden, len(form.slices) - 1
         self.widths = form.slices
         self.weight = nn.Parameter(torch.randn(hidden, columns, generator=generator) / columns**0.5)
@@ -60,8 +53,7 @@ class Gates(nn.Module):
 
     def forward(self, x: Float[Tensor, "T K"]) -> Float[Tensor, "T R"]:
         """Gate of each residual slice: 0 or 1, with the gradient of a sigmoid."""
-        self.seen = self._first[0].seen if self._first else x
-        f, log_rms = router.features(self.seen)
+        f, log_rms = router.features(x)
         hidden = silu(f @ self.weight.T + log_rms * self.rms + self.bias)
         score = router.order(hidden @ self.out.T + self.out_bias)
         soft = torch.sigmoid(score / self.temperature)
@@ -128,18 +120,13 @@ def quantize_block(
     generator = torch.Generator().manual_seed(settings.seed * 1009 + stage.index)
     layers: dict[str, LearnedClip] = {}
     owners: dict[str, Gates] = {}
-    first: tuple[Gates, int] | None = None
     for names in groups:
         shared: Gates | None = None
         for name in names:
             layers[name] = LearnedClip(stage.student.get_submodule(name), form).to(stage.device)
             blocks.replace(stage.student, name, layers[name])
             if shared is None or form.routers == "per-linear":
-                columns = layers[name].weight.shape[1]
-                other, columns = first or (None, columns)
-                shared = Gates(columns, form, generator, other).to(stage.device)
-                if form.routers == "per-block":
-                    first = first or (shared, columns)
+                shared = Gates(layers[name].weight.shape[1], form, generator).to(stage.device)
             owners[name] = shared
     wanted = streams.ahead(stage, FLOAT)
     log = _train(stage, streams, wanted, layers, owners, settings, routed=False)
@@ -203,18 +190,15 @@ def _finish(
 ) -> list[Fitted]:
     """Replace trained layers by quantised ones, input by input; returns scores of sample tokens."""
     fitted: list[Fitted] = []
-    first: MobiLinear | None = None
-    for names in groups:
-        sample = _sample(stage, streams, groups[0][0] if form.routers == "per-block" else names[0])
+    for place, names in enumerate(groups):
+        sample = _sample(stage, streams, names[0])
         grids = [layers[name].grid() for name in names]
         scale = s.store_scale(torch.cat([scale for scale, _ in grids]))
         zero = s.store_zero(torch.cat([zero for _, zero in grids]), form.slices)
         weight = torch.cat([layers[name].weight for name in names])
         code = s.encode(weight, scale, zero, form.slices, form.group_size)
         grid = compensate.Grid(scale, zero, form.slices, form.group_size)
-        made = install(stage, names, grid, code, form, first)
-        first = first or made[0]
-        for name, layer in zip(names, made, strict=True):
+        for name, layer in zip(names, install(stage, names, grid, code, form, place), strict=True):
             if layer.router_names:
                 stored = owners[name].stored()
                 layer.set_router(stored)

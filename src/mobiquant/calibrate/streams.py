@@ -15,8 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mobiquant import blocks
+from mobiquant.config import Format
 from mobiquant.knob import Precision
-from mobiquant.linear import mobilinears
+from mobiquant.linear import MobiLinear, mobilinears
 
 Reading = tuple[float, int]
 FLOAT: Reading = (float("nan"), 0)
@@ -41,6 +42,18 @@ class Sample:
         return cls(tokens[:ROUTER_TOKENS], torch.cat([part.firsts for part in parts]))
 
 
+# the layer that keeps a router, and whether as that for the next block
+Holder = tuple[MobiLinear, bool]
+
+
+@dataclass
+class First:
+    """The first layer of a block, whose input routers read, and a sample of that."""
+
+    layer: MobiLinear
+    sample: Sample
+
+
 def fixed(depth: int) -> Reading:
     """The reading in which every token reads `depth` slices."""
     return float("-inf"), depth
@@ -49,8 +62,15 @@ def fixed(depth: int) -> Reading:
 class Stage:
     """One block in work, fp32 on the device: the block as it is, and a copy whose layers are quantised one by one.
 
-    `student` is None where the block is quantised already.
+    `student` is None where the block is quantised already. `place` counts the inputs of the blocks before, `next_place` those
+    with its own, None for the last block; `before` and `first` are the first layers of the block before and of this one, once
+    there are any.
     """
+
+    place = 0
+    next_place: int | None = None
+    before: First | None = None
+    first: First | None = None
 
     def __init__(self, block: nn.Module, index: int, calls: blocks.Calls, precision: Precision, device: torch.device):
         self.index, self.calls, self.precision, self.device = index, calls, precision, device
@@ -74,6 +94,14 @@ class Stage:
     def groups(self, hidden: Float[Tensor, "S L D"]) -> list[list[str]]:
         """Linear layers of the block, those that read the same input together, in running order."""
         return blocks.shared_inputs(self.teacher, lambda: self.run(FLOAT, hidden))
+
+    def router_of(self, place: int, owner: MobiLinear, sample: Sample, form: Format) -> tuple[Sample, Holder]:
+        """What the router of the input at a place of the block reads, of which `sample` is one, and who keeps it."""
+        if form.routers != "per-block" or self.first is None:
+            return sample, (owner, False)
+        if place == 0 and self.before is not None:
+            return self.before.sample, (self.before.layer, True)
+        return self.first.sample, (owner, False)
 
     def inputs(self, reading: Reading, hidden: Float[Tensor, "S L D"], name: str) -> Float[Tensor, "T K"]:
         """What the layer `name` reads for a batch."""

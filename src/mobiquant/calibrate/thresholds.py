@@ -24,6 +24,7 @@ from mobiquant.calibrate.fast import Fitted
 from mobiquant.calibrate.streams import Stage, resting_place
 from mobiquant.config import Format
 from mobiquant.knob import Precision
+from mobiquant.linear import mobilinears
 from mobiquant.progress import Report
 
 # shares of the budgets between two widths at which a row is measured
@@ -95,6 +96,8 @@ class Measured:
         place = resting_place(4 * hidden.numel() * len(self.rows), device)
         self.hidden = hidden.to(place).repeat(len(self.rows), 1, 1, 1)  # [rows, S, L, D]
         self.counts = torch.zeros(len(self.rows), len(form.slices), dtype=torch.float64)
+        # what one block has decided for the next, by the first row of a batch
+        self.carried: dict[int, tuple[int, Tensor]] = {}
 
     @torch.no_grad()
     def run_block(self, block: nn.Module, index: int, calls: blocks.Calls) -> None:
@@ -106,10 +109,15 @@ class Measured:
         for part in torch.arange(len(self.rows)).split(max(1, batch // (sequences * length))):
             pairs = [self.rows[row] for row in part for _ in range(sequences)]
             stage.precision.set([tau for tau, _ in pairs], [cap for _, cap in pairs])
+            if int(part[0]) in self.carried:
+                stage.precision.tell(*self.carried[int(part[0])])
             out = calls.run(stage.student, index, self.hidden[part].view(-1, length, width).to(device))
             self.hidden[part] = out.to(self.hidden.device).view(len(part), sequences, length, width)
             self.counts[part] += stage.precision.entry_counts().view(len(part), sequences, -1).sum(1)
             stage.precision.depth_shares(reset=True)
+            ahead = [layer.next_place for layer in mobilinears(stage.student).values() if layer.next_place is not None]
+            for place in ahead:
+                self.carried[int(part[0])] = place, stage.precision.told(place, out.shape[0] * length)
 
     def run(self, stack: nn.ModuleList, calls: blocks.Calls, progress: Report) -> None:
         """`run_block` for every block of a model."""

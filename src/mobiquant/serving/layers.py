@@ -62,6 +62,8 @@ class MobiquantConfig(QuantizationConfig):
         self.whole = whole
         self.quantised = {name for names in whole.inputs for name in names}
         self.read_by_routers = whole.read_by_routers()
+        ahead = whole.format.routers == "per-block"
+        self.firsts = [whole.inputs[place][0] for place in whole.blocks] if ahead else []
         # where vLLM has put a stored layer: its prefix and its inputs in all processes
         self.places: dict[str, tuple[str, int]] = {}
 
@@ -189,21 +191,28 @@ class MobiquantMethod(LinearMethodBase):
         for name, dtype in (("scale", torch.float16), ("zero", torch.uint8)):
             held = torch.zeros(rows, groups, dtype=dtype)
             layer.register_parameter(name, GroupQuantScaleParameter(data=held, input_dim=1, output_dim=0, weight_loader=loader))
-        count = len(self.names) if form.routers == "per-linear" else 1
-        first = self.config.read_by_routers[self.names[0]]
+        owner = self.names[0]
+        first = self.config.read_by_routers[owner]
         if first not in self.config.places:
-            raise InputError(
-                f"vLLM builds '{self.prefix}' before '{first}', which its router reads: quantise with other routers"
-            )
-        layer.mobiquant_first, columns_read = self.config.places[first]  # type: ignore[assignment]
-        itself = layer.mobiquant_first == self.prefix
-        columns_read = columns if itself else columns_read
-        for name, (shape, dtype) in router.shapes(columns_read, form.router_hidden, len(form.slices) - 1).items():
-            held = torch.zeros(count, *shape, dtype=dtype)
-            along = 1 if name == "weight" and itself and isinstance(layer, RowParallelLinear) else None
-            layer.register_parameter(f"router_{name}", RouterParameter(data=held, split=along, weight_loader=loader))
+            raise InputError(f"vLLM builds '{self.prefix}' before '{first}', which its router reads: quantise per-input")
+        layer.mobiquant_first, read = self.config.places[first]  # type: ignore[assignment]
+        if owner not in self.config.firsts[1:]:
+            itself, count = layer.mobiquant_first == self.prefix, len(self.names) if form.routers == "per-linear" else 1
+            self._create_routers(layer, "router_", count, columns if itself else read, itself, loader)
+        if owner in self.config.firsts[:-1]:
+            self._create_routers(layer, "router_next_", 1, columns, True, loader)
         layer.mobiquant_rows, layer.mobiquant_split = output_partition_sizes, split  # type: ignore[assignment]
         layer.mobiquant_columns = input_size, columns  # type: ignore[assignment]
+
+    def _create_routers(
+        self, layer: torch.nn.Module, prefix: str, count: int, columns: int, itself: bool, loader: Any
+    ) -> None:  # fmt: skip
+        """Room for routers that read so many columns, those of the layer `itself` maybe."""
+        form = self.config.stored.format
+        for name, (shape, dtype) in router.shapes(columns, form.router_hidden, len(form.slices) - 1).items():
+            held = torch.zeros(count, *shape, dtype=dtype)
+            along = 1 if name == "weight" and itself and isinstance(layer, RowParallelLinear) else None
+            layer.register_parameter(prefix + name, RouterParameter(data=held, split=along, weight_loader=loader))
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         for e in self.config.dropped:
@@ -220,7 +229,9 @@ class MobiquantMethod(LinearMethodBase):
         if layer.mobiquant_first != self.prefix:
             # one buffer as long as the server runs, which a captured graph may read
             layer.mobiquant_depth = STATE[QUANT_METHOD].cap.clone()  # type: ignore[assignment]
-            LAYERS[layer.mobiquant_first].mobiquant_later.append(layer)  # type: ignore[index]
+            first = LAYERS[layer.mobiquant_first]  # type: ignore[index]
+            carried = self.names[0] in self.config.firsts
+            first.mobiquant_later.append((layer, first if carried else layer, "router_next_" if carried else "router_"))
         STATE[QUANT_METHOD].weights += sum(layer.mobiquant_rows) * layer.mobiquant_columns[1]  # type: ignore[arg-type]
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -229,16 +240,15 @@ class MobiquantMethod(LinearMethodBase):
         return y if bias is None else y + bias
 
 
-def _router(layer: Any, index: int) -> router.Router:
-    names = ("weight", "weight_scale", "rms", "bias", "out", "out_bias")
-    return router.Router(*(getattr(layer, f"router_{name}").data[index] for name in names))
+def _router(layer: Any, index: int, prefix: str = "router_") -> router.Router:
+    return router.Router(*(getattr(layer, prefix + name).data[index] for name in router.NAMES))
 
 
 def _scores(layer: Any, index: int, x: Tensor) -> Tensor:
-    """Scores of tokens by the router of a part; sums of the columns of all processes where these are split."""
+    """Scores of tokens by the router of a part, which reads the input of the layer itself; sums of the columns of all
+    processes where these are split."""
     own = _router(layer, index)
-    ahead = hasattr(layer, "mobiquant_depth")
-    if ahead or not layer.mobiquant_split or get_tensor_model_parallel_world_size() == 1:
+    if not layer.mobiquant_split or get_tensor_model_parallel_world_size() == 1:
         return router.scores(x, own)
     x = x.float()
     sums = torch.cat([x @ own.weight.float().T, x.square().sum(1, keepdim=True)], 1)
@@ -260,18 +270,18 @@ def _product(layer: Any, x: Tensor, rows: int) -> Tensor:
     planes = [getattr(layer, f"planes_{e}").data for e in range(len(form.slices))]
     weight = matmul.Packed(planes, layer.scale.data, layer.zero.data, form.slices, form.group_size, x.shape[1])
 
-    def decided(by: Any, index: int) -> Tensor:
-        return router.depths(_scores(by, index, x), state.tau[:tokens], state.cap[:tokens])
+    def decided(score: Tensor) -> Tensor:
+        return router.depths(score, state.tau[:tokens], state.cap[:tokens])
 
     def depths(index: int) -> Tensor | int:
         if state.fixed is not None:
             return state.fixed
-        return layer.mobiquant_depth[:tokens] if hasattr(layer, "mobiquant_depth") else decided(layer, index)
+        ahead = hasattr(layer, "mobiquant_depth")
+        return layer.mobiquant_depth[:tokens] if ahead else decided(_scores(layer, index, x))
 
-    for later in layer.mobiquant_later if state.fixed is None else ():
-        later.mobiquant_depth[:tokens] = decided(later, 0)
-
-    parts = layer.router_weight.shape[0]
+    for later, holder, prefix in layer.mobiquant_later if state.fixed is None else ():
+        later.mobiquant_depth[:tokens] = decided(router.scores(x, _router(holder, 0, prefix)))
+    parts = layer.router_weight.shape[0] if hasattr(layer, "router_weight") else 1
     if parts == 1 or state.fixed is not None:
         depth = depths(0)
         state.record(depth, tokens, rows * x.shape[1])

@@ -103,7 +103,7 @@ class Step {
     const Reading& how;
     const int here;
     double* const counted;
-    int decided[LINEARS];
+    int decided[LINEARS], coming = 1;
     bool failed = false;
     float *state = nullptr, *x = nullptr, *added = nullptr, *query = nullptr, *mixed = nullptr;
     float *key = nullptr, *value = nullptr, *gate = nullptr, *up = nullptr, *chances = nullptr;
@@ -182,7 +182,14 @@ class Step {
 
     // What linears from `first` on read, which have this input.
     void depths(const Block& b, int first, int count, const float* input, Part* parts) {
-        if (first == QUERY || !b.ahead) decide(b, first, b.ahead ? LINEARS : count, input);
+        if (!b.ahead) {
+            decide(b, first, count, input);
+        } else if (first == QUERY) {
+            if (b.router[QUERY].weight != nullptr) decide(b, QUERY, OUTPUT, input);
+            else for (int k = QUERY; k < OUTPUT; ++k) decided[k] = coming;
+            decide(b, OUTPUT, LINEARS - OUTPUT, input);
+            if (b.next.weight != nullptr) coming = depth_of<V>(b.next, how, input);
+        }
         for (int k = 0; k < count; ++k) {
             const Weight& w = b.linear[first + k];
             parts[k].bits = how.widths[decided[first + k] - 1];

@@ -60,6 +60,7 @@ class Block(ctypes.Structure):
         ("linear", Weight * len(LINEARS)),
         ("router", Router * len(LINEARS)),
         *((name, pointer) for name in ("first_norm", "second_norm", "query_norm", "key_norm")),
+        ("next", Router),
         ("ahead", integer),
     )
 

@@ -45,7 +45,8 @@ struct Block {
     Weight linear[LINEARS];
     Router router[LINEARS];  // a null `weight` stands for the router of the linear before
     const float *first_norm, *second_norm, *query_norm, *key_norm;
-    int32_t ahead;  // whether all routers read the input of the first linear
+    Router next;    // decides for the first linears of the next block, or null
+    int32_t ahead;  // whether all routers read the input of the first linears; these may have none, and be decided for
 };
 
 struct Decoder {

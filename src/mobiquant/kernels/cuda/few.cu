@@ -20,7 +20,7 @@
 // A launch begins while the one before it ends: its first weights are on their way before it waits for x.
 //
 // Set by the compiler's command line: BF16, GROUP, NT (tokens in fours), WARPS, PER (blocks that a processor has room for), RING
-// (bytes of a warp's tiles on their way), ROUTED (whether there are routers), BASE (width of the base slice), PIECES, and for each
+// (bytes of a warp's tiles on their way), ROUTED (what routers are for, `score.h`), BASE (width of the base slice), PIECES, and for each
 // piece its WIDTHS (1 or 2 bits), DEPTHS (of the slice that it is part of) and ENDS (bits up to and with it).
 
 #include "device.h"
@@ -224,19 +224,17 @@ DEVICE void bring(const Params &p, Wanted &to) {
 
 // whether any entry leaves its depth to routers
 DEVICE bool is_routed(const Params &p, const Wanted &wanted, int lane) {
-    return ROUTED && !warp_all(lane >= p.entries || __float_as_uint(wanted.tau[lane]) == MINUS_INFINITY);
+    return ROUTED != NOBODY && !warp_all(lane >= p.entries || __float_as_uint(wanted.tau[lane]) == MINUS_INFINITY);
 }
 
-// decide what tokens read beside the base slice of the first rows, then go on with all rows
+// decide what tokens read beside the base slice of the first rows, and go on with all rows
 DEVICE void decide_and_sweep(const Params &p, const Shared &s, Cursor &ahead, int own, int after, Tokens &t, Rows &y, int &turn) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, blocks = gridDim.x, tiles = row_tiles_of(p);
     u8 *ring = s.ring + warp * RING;
-    know_number(p, s);
-    score(p, s);
 #pragma unroll
     for (int c = 0; c < NT; c++) t.column[c] = 1, t.offset[c] = 0;
     sweep<0, pieces_to(1), false>(p, s, ahead, own, true, t, y, turn);
-    decide(p, s);
+    decide(p, s, p.routers.each[0], true);
     const int deepest = look_up(p, s.depth, t, lane);
     if (deepest > 1) {
         ahead = {own, after};
@@ -247,7 +245,6 @@ DEVICE void decide_and_sweep(const Params &p, const Shared &s, Cursor &ahead, in
     fill_to<0>(deepest, ring, p, ahead, warp, lane);
     if (own < tiles) finish(p, s, y, own, turn ^= 1, warp, lane);
     sweep_to<0>(deepest, p, s, ahead, own + blocks, false, t, y, turn);
-    number_next(p, s);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, PER) few(const __grid_constant__ Params p) {
@@ -261,15 +258,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER) few(const __grid_cons
     // Before the launch before has ended: weights do not depend on it, and what is said by now is a guess of what is wanted
     bring(p, s.wanted[0]);
     __syncthreads();
-    const bool guess_routed = is_routed(p, s.wanted[0], lane);
-    const int guess = guess_routed ? 1 : look_up(p, s.wanted[0].depth, t, lane), after = own + 1 < tiles ? own + 1 : tiles;
-    Cursor ahead = {own, guess_routed ? after : tiles};
+    // whether routers have work, and whether rows wait for them
+    const bool guess_routed = is_routed(p, s.wanted[0], lane), guess_open = ROUTED == ITSELF && guess_routed;
+    const int guess = guess_open ? 1 : look_up(p, s.wanted[0].depth, t, lane), after = own + 1 < tiles ? own + 1 : tiles;
+    Cursor ahead = {own, guess_open ? after : tiles};
     fill_to<0>(guess, ring, p, ahead, warp, lane);
-    if (guess_routed) {
-        if (warp == 0)
-            for (int i = 1; i < FIRST_ROWS && own + i * blocks < tiles; i++) prefetch_rows(p, own + i * blocks, 1, lane);
-        prepare_scores(p, s);
-    }
+    if (guess_open && warp == 0)
+        for (int i = 1; i < FIRST_ROWS && own + i * blocks < tiles; i++) prefetch_rows(p, own + i * blocks, 1, lane);
+    if (guess_routed) prepare_scores(p, s);
     let_next_begin();
     wait_for_last();
     if (p.staged) {
@@ -279,25 +275,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER) few(const __grid_cons
         wait_for_copies<0>();
     } else stage(p, s, [&] { bring(p, s.wanted[1]); });
     __syncthreads();
-    const bool routed = is_routed(p, s.wanted[1], lane);
-    int deepest = routed ? 1 : look_up(p, s.wanted[1].depth, t, lane);
-    if (routed != guess_routed || deepest != guess) {
+    const bool routed = is_routed(p, s.wanted[1], lane), open = ROUTED == ITSELF && routed;
+    int deepest = open ? 1 : look_up(p, s.wanted[1].depth, t, lane);
+    if (open != guess_open || deepest != guess) {
         wait_for_copies<0>();
-        ahead = {own, routed ? after : tiles};
+        ahead = {own, open ? after : tiles};
         fill_to<0>(deepest, ring, p, ahead, warp, lane);
     }
-    if constexpr (ROUTED) {
-        if (routed) {
-            if (!guess_routed) {
-                prepare_scores(p, s);
-                __syncthreads();
-            }
-            decide_and_sweep(p, s, ahead, own, after, t, y, turn);
-            return;
+    if (routed) {
+        if (!guess_routed) {
+            prepare_scores(p, s);
+            __syncthreads();
         }
+        know_number(p, s);
+        score(p, s);
     }
-    if (own == 0 && threadIdx.x < p.tokens) count(p, threadIdx.x, s.wanted[1].depth[threadIdx.x]);
-    // a processor without rows would be given two blocks of the next launch, and would be the last to end
-    if (own >= tiles) linger();
-    sweep_to<0>(deepest, p, s, ahead, own, false, t, y, turn);
+    if (open) decide_and_sweep(p, s, ahead, own, after, t, y, turn);
+    else {
+        if (own == 0 && threadIdx.x < p.tokens) count(p, threadIdx.x, s.wanted[1].depth[threadIdx.x]);
+        // a processor without rows would be given two blocks of the next launch, and would be the last to end
+        if (own >= tiles) linger();
+        sweep_to<0>(deepest, p, s, ahead, own, false, t, y, turn);
+    }
+    if (is_routed(p, s.wanted[1], lane)) {
+        decide_for_others(p, s);
+        number_next(p, s);
+    }
 }

@@ -15,7 +15,7 @@ from torch import Tensor
 from mobiquant.kernels.cuda import compiler
 from mobiquant.kernels.cuda.tiles import COLUMNS, LANES, RouterTiles, Tiles, definitions
 
-MEMBERS, MOST = 4, 16
+MEMBERS, ROUTERS, MOST = 4, 8, 16
 # bytes of `Wanted` in `launch.h`, twice
 WANTED = 2 * (12 * MOST + 16)
 # warps of a block by fours of tokens, and blocks for which a processor has registers: the next launch begins beside this one
@@ -43,7 +43,7 @@ def parameters(pieces: int) -> type[ctypes.Structure]:
         _fields_ = [(n, address) for n in (*SMALL, "weight", "partial", "depth")]
 
     class Routers(ctypes.Structure):
-        _fields_ = [("each", Router * MEMBERS), ("state", address)] + [(n, whole) for n in ("count", "hidden", "scores")]
+        _fields_ = [("each", Router * ROUTERS), ("state", address)] + [(n, whole) for n in ("count", "hidden", "scores")]
 
     class Params(ctypes.Structure):
         _fields_ = [("members", Member * MEMBERS), ("routers", Routers)] \
@@ -57,15 +57,20 @@ def parameters(pieces: int) -> type[ctypes.Structure]:
 class Group:
     """Layers that read one input, their weights in tiles on one device, with the routers that score it.
 
-    The first router decides for these layers, the others for launches to come. `depths` [routers, 16] int32 holds what they
-    decided for the tokens of the last call.
+    The first router decides for these layers, the others for launches to come; where depths are `given` to each call, all do
+    that. `depths` [routers, 16] int32 holds what they decided for the tokens of the last call.
     """
 
-    def __init__(self, members: Sequence[Tiles], biases: Sequence[Tensor | None], routers: Sequence[RouterTiles] = ()):
-        if not 1 <= len(members) <= MEMBERS or len(routers) > MEMBERS:
-            raise ValueError(f"{len(members)} layers of one input and {len(routers)} routers: a launch takes 1 to {MEMBERS}")
+    def __init__(
+        self, members: Sequence[Tiles], biases: Sequence[Tensor | None], routers: Sequence[RouterTiles] = (),
+        given: bool = False,
+    ):  # fmt: skip
+        if not 1 <= len(members) <= MEMBERS or len(routers) > ROUTERS:
+            raise ValueError(
+                f"{len(members)} layers of one input and {len(routers)} routers: a launch takes {MEMBERS} and {ROUTERS}"
+            )
         first = members[0]
-        self.members, self.routers, self.device = members, routers, first.scale.device
+        self.members, self.routers, self.given, self.device = members, routers, given, first.scale.device
         self.biases = [None if bias is None else bias.float().contiguous() for bias in biases]
         self.group_size = first.group_size
         self.row_tiles = sum(one.scale.shape[0] for one in members)
@@ -129,7 +134,14 @@ class Group:
     def kernel(self, dtype: torch.dtype, tokens: int, name: str = "few") -> compiler.Kernel:
         """The kernel for a dtype of activations and up to 4, 8 or 16 tokens, or the one before it, `bytes`."""
         warps, per = SHAPES[fours(tokens)]
-        how = int(dtype == torch.bfloat16), fours(tokens), warps, per, RING, int(bool(self.routers) and name == "few")
+        how = (
+            int(dtype == torch.bfloat16),
+            fours(tokens),
+            warps,
+            per,
+            RING,
+            0 if not self.routers or name != "few" else 1 + self.given,
+        )
         more = zip(("BF16", "NT", "WARPS", "PER", "RING", "ROUTED"), how, strict=True)
         return compiler.kernel(name, (*self.definitions, *more), self.device.index or 0)
 
@@ -139,14 +151,14 @@ class Group:
     ) -> list[Float[Tensor, "T _"]]:  # fmt: skip
         """Products of 1 to 16 tokens, one for each layer; `tau` and `cap` are for T / P tokens each, `read` counts weights.
 
-        `given` are depths that were decided before, for tokens with a threshold; then there are no routers here. Raises
-        ValueError for more tokens than `most` says.
+        `given` are depths that were decided before, for tokens with a threshold. Raises ValueError for more tokens than `most`
+        says, and for depths that are missing or not expected.
         """
         tokens, p, x, fits = x.shape[0], self.params, x.contiguous(), self.fits()
         if tokens > self.most():
             raise ValueError(f"{tokens} tokens of {p.columns} columns: a call takes {self.most()}")
-        if given is not None and self.routers:
-            raise ValueError("depths are given to layers that have routers of their own")
+        if (given is not None) != self.given:
+            raise ValueError("depths are given to layers that decide themselves, or not to those that do not")
         out = [x.new_empty(tokens, one.rows) for one in self.members]
         p.tau, p.cap, p.read, p.entries = tau.data_ptr(), cap.data_ptr(), read.data_ptr(), tau.numel()
         p.given = 0 if given is None else given.data_ptr()
@@ -168,7 +180,7 @@ class Group:
         # one on each processor, those without rows too: some score, and what each does for the next launch is said in few.cu
         blocks = self.processors
         # a warp scores one tile of columns; sums of all parts lie in shared memory where those of warps do
-        p.parts = min(blocks // max(p.routers.count, 1), -(-p.column_tiles // warps))
+        p.parts = max(1, min(blocks // max(p.routers.count, 1), -(-p.column_tiles // warps)))
         p.parts = min(p.parts, max(1, 2 * 33 * warps // (p.routers.hidden + 1)))
         if p.staged:
             eights = tokens * -(-p.column_tiles // 4) * 32  # of each token, in whole warps

@@ -2,7 +2,7 @@
 
 #pragma once
 
-constexpr int TOKENS = 4 * NT, MEMBERS = 4, MOST_HIDDEN = 128, HIDDEN_TILE = 32;
+constexpr int TOKENS = 4 * NT, MEMBERS = 4, ROUTERS = 8, MOST_HIDDEN = 128, HIDDEN_TILE = 32;
 constexpr int THREADS = WARPS * 32, STRIDE = 33;
 // x is there for whole groups of the widest kind: two tiles
 constexpr int PANEL = 128;
@@ -34,10 +34,10 @@ struct Router {
     int *depth;                   // [tokens]: what it has decided
 };
 
-// Routers that read the input of this launch, all with as many hidden units: the first decides for this launch, the others for
-// later ones.
+// Routers that read the input of this launch, all with as many hidden units. Without `given` the first decides for this launch;
+// the others decide for later ones.
 struct Routers {
-    Router each[MEMBERS];
+    Router each[ROUTERS];
     u32 *state;                   // launches so far; blocks of this one that know their number, zero between launches
     int count, hidden, scores;
 };
@@ -45,7 +45,7 @@ struct Routers {
 struct Params {
     Member members[MEMBERS];
     Routers routers;
-    const int *given;      // [tokens]: depths that an earlier launch has decided, or null; there are no routers then
+    const int *given;      // [tokens]: depths that an earlier launch has decided, or null
     const u16 *x;          // [tokens, columns]
     u8 *staged;            // x in bytes as in shared memory, made by `bytes.cu`; null where each block makes its own
     const float *tau;      // [entries]

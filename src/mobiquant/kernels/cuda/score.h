@@ -1,11 +1,14 @@
 // Routers in a launch of `few.cu`: some blocks score all tokens over some columns each, for one router. Where that decides for this
-// launch, every block adds up and decides; for a later launch, one block does.
+// launch (ROUTED is ITSELF), every block adds up and decides; for a later launch, one block does, once its rows are done.
 //
 // So a decision is one trip through memory away from the last score: a block that decided for all others would cost a second. Scores
 // travel with the number of their launch beside them, in one word of eight bytes: who reads the number has the score, and no flag
 // or fence is waited for.
 
 #pragma once
+
+// what ROUTED says: no routers, the first decides for this launch, or all decide for later ones
+constexpr int NOBODY = 0, ITSELF = 1, OTHERS = 2;
 
 // products of 32 hidden units with all tokens over this part of the columns, and the energy of x there, into `partial`
 DEVICE void score_part(const Params &p, const Shared &s, const Router &r, int part) {
@@ -97,12 +100,10 @@ DEVICE void count(const Params &p, int token, int depth) {
     atomicAdd(p.read + entry_of(p, token) * p.depths + depth - 1, weights);
 }
 
-// Which part of the columns this block scores for which router, if any: all parts of the first router, then of the next. The first
-// blocks do: they are the first to be there, so that blocks that wait for them always can, whatever else runs on the device. Rows
-// are shared out from the other end, so these have no more than others.
-DEVICE bool has_part(const Params &p) { return (int)blockIdx.x < p.parts * p.routers.count; }
-DEVICE const Router &router_of(const Params &p) { return p.routers.each[blockIdx.x / p.parts]; }
-DEVICE int part_of(const Params &p) { return blockIdx.x % p.parts; }
+// Parts of the columns, of the first router, then of the next: a block takes one, or several where they are more than blocks. The
+// first blocks do: they are the first to be there, so that blocks that wait for them always can, whatever else runs on the device.
+// Rows are shared out from the other end, so these have no more than others.
+DEVICE int shares_of(const Params &p) { return p.parts * p.routers.count; }
 
 // all of a router but its first matrix to shared memory
 DEVICE void take_router(const Params &p, const Shared &s, const Router &r) {
@@ -115,13 +116,14 @@ DEVICE void take_router(const Params &p, const Shared &s, const Router &r) {
 
 // ask for what this block will score, and take what it will decide by; neither depends on a launch before
 DEVICE void prepare_scores(const Params &p, const Shared &s) {
-    take_router(p, s, p.routers.each[0]);
-    if (!has_part(p)) return;
-    const Router &r = router_of(p);
-    for (int own = part_of(p) * WARPS; own < p.column_tiles; own += WARPS * p.parts) {
-        const int left = p.column_tiles - own, tiles = left < WARPS ? left : WARPS;
-        for (int hidden_tile = threadIdx.x; hidden_tile * HIDDEN_TILE < p.routers.hidden; hidden_tile += THREADS)
-            prefetch((const u8 *)r.weight + ((u64)hidden_tile * p.column_tiles + own) * 2048, tiles * 2048);
+    if (ROUTED == ITSELF) take_router(p, s, p.routers.each[0]);
+    for (int share = blockIdx.x; share < shares_of(p); share += gridDim.x) {
+        const Router &r = p.routers.each[share / p.parts];
+        for (int own = share % p.parts * WARPS; own < p.column_tiles; own += WARPS * p.parts) {
+            const int left = p.column_tiles - own, tiles = left < WARPS ? left : WARPS;
+            for (int hidden_tile = threadIdx.x; hidden_tile * HIDDEN_TILE < p.routers.hidden; hidden_tile += THREADS)
+                prefetch((const u8 *)r.weight + ((u64)hidden_tile * p.column_tiles + own) * 2048, tiles * 2048);
+        }
     }
 }
 
@@ -184,29 +186,34 @@ DEVICE int decide_token(const Params &p, const Shared &s, const float *gathered,
     return depth < cap ? depth : cap;
 }
 
-// What routers say of all tokens, once their scores are there: the first to all blocks, the others to one block each, which writes
-// it down. These are blocks that score, and have no more rows than others.
-DEVICE void decide(const Params &p, const Shared &s) {
+// What a router says of all tokens, once its scores are there: to all blocks, or by one block to launches to come.
+DEVICE void decide(const Params &p, const Shared &s, const Router &r, bool here) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (int i = 0; i < p.routers.count; i++) {
-        if (i && blockIdx.x != i % gridDim.x) continue;
-        const Router &r = p.routers.each[i];
-        if (i) take_router(p, s, r);
-        gather_parts(p, r, s.sums, s.wanted[1].number);
-        for (int token = warp; token < p.tokens; token += WARPS) {
-            const int depth = decide_token(p, s, s.sums, token, lane);
-            if (lane) continue;
-            if (i == 0) s.depth[token] = depth;
-            if (i == 0 && blockIdx.x == 0) count(p, token, depth);
-            if (i || blockIdx.x == 0) r.depth[p.before + token] = depth;
-        }
-        __syncthreads();
+    gather_parts(p, r, s.sums, s.wanted[1].number);
+    for (int token = warp; token < p.tokens; token += WARPS) {
+        const int depth = decide_token(p, s, s.sums, token, lane);
+        if (lane) continue;
+        if (here) s.depth[token] = depth;
+        if (here && blockIdx.x == 0) count(p, token, depth);
+        if (!here || blockIdx.x == 0) r.depth[p.before + token] = depth;
+    }
+    __syncthreads();
+}
+
+// What launches to come read. The blocks that decide score too, and have no more rows than others.
+DEVICE void decide_for_others(const Params &p, const Shared &s) {
+    for (int i = ROUTED == ITSELF; i < p.routers.count; i++) {
+        if (blockIdx.x != i % gridDim.x) continue;
+        __syncthreads();  // sums of the last rows have been read
+        take_router(p, s, p.routers.each[i]);
+        decide(p, s, p.routers.each[i], false);
     }
 }
 
-// this block's part of the scores, where it has one
+// this block's shares of the scores
 DEVICE void score(const Params &p, const Shared &s) {
-    if (has_part(p)) score_part(p, s, router_of(p), part_of(p));
+    for (int share = blockIdx.x; share < shares_of(p); share += gridDim.x)
+        score_part(p, s, p.routers.each[share / p.parts], share % p.parts);
 }
 
 // How launches are numbered: the last block to know the number sets the next one, which nobody reads before this launch has ended.
