@@ -48,14 +48,14 @@ def make(
     begins = tuple(range(0, len(names), len(PARTS)))
     stored = Checkpoint(form, tuple(names), begins, calibration={"recipe": "random", "model": name})
     checkpoint.build_layers(model, stored)
-    quantizer.make_quantized(model, replace(stored, thresholds=_fill(model, form)), words, [])
+    quantizer.make_quantized(model, replace(stored, thresholds=_fill(model, stored)), words, [])
     model.save_pretrained(folder)
 
 
 @torch.no_grad()
-def _fill(model: Any, form: Format) -> tuple[dict[str, Any], ...]:
+def _fill(model: Any, stored: Checkpoint) -> tuple[dict[str, Any], ...]:
     """Random values for all quantised layers; returns the table of thresholds."""
-    levels, sizes = [], []
+    levels, sizes, form = [], [], stored.format
     for layer in mobilinears(model).values():
         for name, buffer in layer.named_buffers():
             if name.startswith("planes_"):
@@ -64,22 +64,22 @@ def _fill(model: Any, form: Format) -> tuple[dict[str, Any], ...]:
                 buffer.uniform_(0.5, 1.0).mul_(0.04 / layer.in_features**0.5)
             elif name == "zero":
                 buffer.fill_(128)
-            elif name == "router_weight":
+            elif name.endswith("_weight"):
                 buffer.random_(-127, 128)
-            elif name == "router_weight_scale":
+            elif name.endswith("_weight_scale"):
                 buffer.fill_(1e-3)
-            elif name == "router_out":
+            elif name.endswith("_out"):
                 buffer.zero_()
             elif name.startswith("router_"):
                 buffer.normal_()
-        if layer.owner is layer:
-            # a slice scores this much lower than the one before
-            bias: torch.Tensor = layer.router_out_bias  # type: ignore[assignment]
-            bias[1:] = GAP
-            bias[0] = torch.rand(()) * GAP
-            levels.append(float(bias[0]))
-            sizes.append(0.0)
-        sizes[-1] += layer.in_features * layer.out_features
+    layers = mobilinears(model)
+    for name, (holder, ahead) in checkpoint.router_holders(layers, stored).items():
+        # a slice scores this much lower than the one before
+        own = holder.get_router(ahead)
+        own.out_bias[1:] = GAP
+        own.out_bias[0] = torch.rand(()) * GAP
+        levels.append(float(own.out_bias[0]))
+        sizes.append(float(sum(one.in_features * one.out_features for one in layers[name].members)))
     return tuple(_region(cap, form, torch.tensor(levels), torch.tensor(sizes)) for cap in budget.region_caps(form))
 
 
