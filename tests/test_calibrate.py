@@ -16,7 +16,7 @@ from mobiquant import slices as s
 from mobiquant.budget import checkpoint_of
 from mobiquant.calibrate import fast, routers
 from mobiquant.calibrate.streams import FLOAT, Stage, Streams, fixed
-from mobiquant.config import Calibration, Format
+from mobiquant.config import Calibration, Format, default_routers
 
 BUDGETS = (2.25, 3, 3.5, 5, 7)
 
@@ -154,7 +154,7 @@ def test_at_the_widths_of_the_format_nearly_every_token_reads_that_width(llama):
 
 @pytest.mark.parametrize(
     "form",
-    [Format(group_size=32), Format(group_size=32, routers="per-linear", slices=(2, 2, 2, 2))],
+    [Format(group_size=32, routers="per-input"), Format(group_size=32, routers="per-linear", slices=(2, 2, 2, 2))],
     ids=["shared routers", "setting of the paper"],
 )
 def test_the_paper_recipe_trains_clips_and_meets_its_budget(tmp_path, form):
@@ -175,6 +175,12 @@ def test_the_paper_recipe_trains_clips_and_meets_its_budget(tmp_path, form):
     loaded = mobiquant.load(tmp_path / "made")
     assert torch.equal(tiny.logits(loaded), tiny.logits(made))
     assert read_at(loaded, tiny.tokens(4, 16), 3.5) == pytest.approx(3.5, abs=0.6)
+
+
+def test_the_paper_recipe_has_no_routers_ahead(tmp_path):
+    with pytest.raises(InputError, match="routers block by block: give it routers per-input or per-linear"):
+        tiny.quantize(tmp_path, recipe="paper", format=Format(group_size=32))
+    assert default_routers("paper") == "per-input" and default_routers("full") == Format().routers == "per-block"
 
 
 def test_the_fast_recipe_logs_how_well_each_router_fits(tmp_path):

@@ -92,7 +92,7 @@ def quantize(
     sequence_length: WindowLength = None,
     group_size: Annotated[int, typer.Option(help="Weights that share a scale, a multiple of 8.")] = 128,
     slices: Annotated[str, typer.Option(help="Widths of the slices in bits, base first, at most 8 in sum.")] = "2,1,1,2,2",
-    routers: Annotated[str, typer.Option(help="per-block (the first input decides), per-input, per-linear.")] = "per-block",
+    routers: Annotated[str | None, typer.Option(help="per-block (usual), per-input (for recipe paper) or per-linear.")] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the samples in each stage of the paper recipe.")] = 20,
     target_bits: Annotated[float, typer.Option(help="Average bits that the paper recipe trains its routers for.")] = 3.0,
     sweeps: Annotated[int, typer.Option(help="Coordinate-descent passes of the fast recipe.")] = 1,
@@ -116,9 +116,9 @@ def quantize(
 
     Example: mobiquant quantize smollm2-135m --output smollm2-mobi --group-size 64
     """
-    from mobiquant.config import BETWEEN, Calibration, Format
+    from mobiquant.config import BETWEEN, Calibration, Format, default_routers
 
-    form = Format(slices=widths(slices), group_size=group_size, routers=routers)  # type: ignore[arg-type]
+    form = Format(widths(slices), group_size, routers or default_routers(recipe))  # type: ignore[arg-type]
     fitting = {"seed": seed, "sweeps": sweeps, "epochs": epochs, "target_bits": target_bits}
     settings: dict[str, Any] = {"samples": samples, "sequence_length": sequence_length, **fitting}
     chosen = Calibration(recipe=recipe, text=BETWEEN.join(calibration), **settings)

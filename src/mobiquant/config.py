@@ -81,6 +81,11 @@ class Format:
         return replace(self, slices=self.slices[: len(kept)])
 
 
+def default_routers(recipe: str) -> Literal["per-block", "per-input"]:
+    """What routers read where nothing is said: the paper recipe trains block by block, and knows no block before."""
+    return "per-input" if recipe == "paper" else "per-block"
+
+
 @dataclass(frozen=True)
 class Calibration:
     """What a recipe calibrates with; None means a default that `resolved` fills in.

@@ -22,7 +22,7 @@ from mobiquant.calibrate import fast, full, paper, thresholds, work
 from mobiquant.calibrate.passes import Pair
 from mobiquant.calibrate.streams import First, Stage, Streams
 from mobiquant.calibrate.work import Work
-from mobiquant.config import BETWEEN, Calibration, Checkpoint, Format, InputError, Training
+from mobiquant.config import BETWEEN, Calibration, Checkpoint, Format, InputError, Training, default_routers
 from mobiquant.knob import Precision
 from mobiquant.linear import mobilinears
 from mobiquant.progress import Report, bars
@@ -55,8 +55,7 @@ def quantize(
     started = time.monotonic()
     if recipe != "full" and (training or work_dir or resume):
         raise InputError(f"recipe '{recipe}' has no training to keep or go on with: use recipe full")
-    # the paper recipe trains block by block: its routers cannot read the block before
-    form, target = format or Format(routers="per-input" if recipe == "paper" else "per-block"), pick_device(device)
+    form, target = format or Format(routers=default_routers(recipe)), pick_device(device)
     if recipe == "paper" and form.routers == "per-block":
         raise InputError("recipe paper trains routers block by block: give it routers per-input or per-linear")
     names = [calibration] if isinstance(calibration, str) else list(calibration)
