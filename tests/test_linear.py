@@ -243,11 +243,10 @@ def test_routers_that_read_the_first_input_decide_when_it_comes():
 
 
 def test_the_router_for_the_next_block_decides_for_its_first_layer():
-    first, following = MobiLinear(40, 24, FORM, 40, leads=True), MobiLinear(40, 8, FORM)
+    first, following = MobiLinear(40, 24, FORM, 40, next_place=4), MobiLinear(40, 8, FORM)
     precision, x = Precision(FORM.widths), normal(50, 40)
     first.attach(precision, first)
     following.attach(precision, following, 4)
-    first.next_place = 4
     for seed, ahead in ((0, False), (3, True)):
         first.set_router(random_router(40, FORM.router_hidden, FORM.router_outputs, seed), ahead)
     precision.set([0.0], [5])

@@ -89,6 +89,7 @@ class Stack:
 
     def _block(self, generator: torch.Generator) -> list[Launch]:
         made: list[Launch] = []
+        decided: list[Tensor] = []
         ahead = self.routers == "per-block"
         before = self.launches[-len(self.model.inputs)] if ahead and self.launches else None
         last = len(self.launches) == (self.model.blocks - 1) * len(self.model.inputs)
@@ -100,11 +101,12 @@ class Stack:
             scoring = [tiles.prepare_router(random_router(one.columns, generator)) for _ in range(count)]
             given = ahead and (i > 0 or before is not None)
             routed = few.Group(laid, none, scoring, given)
-            if i:
-                decided = made[0].routed.depths[i - (before is not None)] if ahead else routed.depths[0]
-            else:
-                decided = routed.depths[0] if before is None else before.routed.depths[-1]
-            made.append(Launch(one, routed, few.Group(laid, none), decided, given))
+            if not ahead:
+                decided = [routed.depths[0]]
+            elif i == 0:
+                # what the block before has decided, then what this one does, in the order of the inputs
+                decided = [*([] if before is None else before.routed.depths[-1:]), *routed.depths]
+            made.append(Launch(one, routed, few.Group(laid, none), decided[i if ahead else 0], given))
         return made
 
     def inputs(self, tokens: int) -> dict[int, Tensor]:

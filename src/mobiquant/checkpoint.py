@@ -49,8 +49,8 @@ _PLANE = re.compile(r"\.planes_(\d+)$")
 def build_layers(model: nn.Module, stored: Checkpoint) -> Precision:
     """Put empty quantised layers in the place of the linear layers that the checkpoint lists, wired to one precision."""
     precision, read, form = Precision(stored.format.widths), stored.read_by_routers(), stored.format
-    ahead = form.routers == "per-block"
-    firsts = [stored.inputs[place][0] for place in stored.blocks] if ahead else []
+    firsts, ahead = stored.firsts, form.routers == "per-block"
+    following = dict(zip(firsts, stored.blocks[1:], strict=False))
     columns_of: dict[str, int] = {}
     for place, names in enumerate(stored.inputs):
         for name in names:
@@ -64,21 +64,18 @@ def build_layers(model: nn.Module, stored: Checkpoint) -> Precision:
             reads = columns_of[read[name]] if name in read and name not in firsts[1:] else None
             with torch.device(old.weight.device):  # type: ignore[arg-type]
                 dtype = None if bias is None else bias.dtype
-                layer = MobiLinear(columns, rows, form, reads, dtype, leads=name in firsts[:-1])
+                layer = MobiLinear(columns, rows, form, reads, dtype, following.get(name))
             blocks.replace(model, name, layer)
             owner: Any = layer if name in read else model.get_submodule(names[0])
             first: Any = model.get_submodule(read[name]) if reads is not None and read[name] != name else None
             layer.attach(precision, owner, place if ahead and place and name in read else None, first)
-            if name in firsts[:-1]:
-                layer.next_place = stored.blocks[firsts.index(name) + 1]
     return precision
 
 
 def router_holders(layers: dict[str, MobiLinear], stored: Checkpoint) -> dict[str, tuple[MobiLinear, bool]]:
     """Owner -> the layer that holds its router, and whether as that for the next block."""
-    firsts = [stored.inputs[place][0] for place in stored.blocks[1:]] if stored.format.routers == "per-block" else []
     return {
-        name: (layers[read], True) if name in firsts else (layers[name], False)
+        name: (layers[read], True) if name in stored.firsts[1:] else (layers[name], False)
         for name, read in stored.read_by_routers().items()
     }
 

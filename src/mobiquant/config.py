@@ -191,6 +191,12 @@ class Checkpoint:
     calibration: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def firsts(self) -> tuple[str, ...]:
+        """First layers of the blocks, where routers are `per-block`; but for the first block's, their routers lie with those of
+        the block before."""
+        return tuple(self.inputs[place][0] for place in self.blocks) if self.format.routers == "per-block" else ()
+
     def read_by_routers(self) -> dict[str, str]:
         """Owner -> the layer whose input its router reads: itself, the first layer of its block, or of the block before."""
         if self.format.routers == "per-linear":
@@ -200,11 +206,12 @@ class Checkpoint:
         if self.inputs and (not self.blocks or self.blocks[0] != 0):
             raise InputError("the checkpoint does not say where its blocks begin: quantise the model again")
         read: dict[str, str] = {}
-        first = before = self.inputs[0][0] if self.inputs else ""
-        for place, names in enumerate(self.inputs):
-            if place in self.blocks:
-                before, first = first, names[0]
-            read[names[0]] = before if names[0] == first else first
+        firsts = self.firsts
+        first = firsts[0] if firsts else ""
+        for names in self.inputs:
+            read[names[0]] = first
+            if names[0] in firsts:
+                first = names[0]
         return read
 
     def to_dict(self) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class MobiLinear(nn.Module):
 
     def __init__(
         self, columns: int, rows: int, form: Format, router_columns: int | None = None, bias: torch.dtype | None = None,
-        leads: bool = False,
+        next_place: int | None = None,
     ):  # fmt: skip
         super().__init__()
         self.in_features, self.out_features, self.format = columns, rows, form
@@ -51,7 +51,7 @@ class MobiLinear(nn.Module):
         self.register_buffer("zero", torch.zeros(rows, count, dtype=torch.uint8))
         self.register_buffer("bias", None if bias is None else torch.zeros(rows, dtype=bias))
         self.router_names: tuple[str, ...] = ()
-        for prefix, read in ((ROUTER_PREFIX, router_columns), (NEXT_PREFIX, columns if leads else None)):
+        for prefix, read in ((ROUTER_PREFIX, router_columns), (NEXT_PREFIX, None if next_place is None else columns)):
             if read is not None:
                 entries = router.shapes(read, form.router_hidden, form.router_outputs or 0)
                 for name, (shape, dtype) in entries.items():
@@ -66,7 +66,7 @@ class MobiLinear(nn.Module):
         self._later: tuple[MobiLinear, ...] = ()
         # places of what is decided ahead, for this owner and by the router for the next block; None where nothing is
         self.place: int | None = None
-        self.next_place: int | None = None
+        self.next_place = next_place
         # on CUDA: the weight as kernels read it, in place of the planes; of an owner, what one launch takes and has made ahead
         self._tiles: Tiles | None = None
         self._group: Group | None = None
@@ -130,9 +130,8 @@ class MobiLinear(nn.Module):
             return tiles.restore(self._tiles)[0]
 
     def __getstate__(self) -> dict[str, Any]:
-        # copies and pickles hold planes, and nothing of a pass
+        # copies and pickles hold planes
         self.release()
-        self._decided = None
         return self.__dict__
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -211,11 +210,13 @@ class MobiLinear(nn.Module):
             tau, cap = tau.repeat_interleave(repeat), cap.repeat_interleave(repeat)
         if not precision.routed:
             return cap
-        for place, other in self.routers_ahead():
-            precision.tell(place, router.depths(router.scores(x, other), tau, cap))
-        if self.owner.place is not None:
-            return precision.told(self.owner.place, x.shape[0]).to(x.device, torch.int64)
-        return router.depths(router.scores(x, self.get_router()), tau, cap)
+        place, ahead = self.owner.place, self.routers_ahead()
+        own = [self.get_router()] if place is None else []
+        scores = router.scores_of_all(x, [*own, *(other for _, other in ahead)])
+        made = [router.depths(score, tau, cap) for score in scores]
+        for (other, _), depth in zip(ahead, made[len(own) :], strict=True):
+            precision.tell(other, depth)
+        return made[0] if place is None else precision.told(place, x.shape[0]).to(x.device, torch.int64)
 
     @staticmethod
     def _check_sequences(entries: int, tokens: int, sequences: int | None) -> int:

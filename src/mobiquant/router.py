@@ -13,6 +13,7 @@ both modes and a batch may mix them.
 Trade-off: `A` is nearly all of a router and is stored in int8; everything else is fp16 or fp32 and small.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -70,8 +71,15 @@ def order(d: Float[Tensor, "T R"]) -> Float[Tensor, "T R"]:
 
 def scores(x: Float[Tensor, "T K"], router: Router) -> Float32[Tensor, "T R"]:
     """Score of each residual slice for each token, falling along the slices."""
+    return scores_of_all(x, [router])[0]
+
+
+def scores_of_all(x: Float[Tensor, "T K"], routers: Sequence[Router]) -> list[Float32[Tensor, "T R"]]:
+    """`scores` by several routers that read the same input."""
+    if not routers:
+        return []
     f, log_rms = features(x)
-    return outputs(f @ router.weight.float().T, log_rms, router)
+    return [outputs(f @ one.weight.float().T, log_rms, one) for one in routers]
 
 
 def outputs(projected: Float[Tensor, "T h"], log_rms: Float[Tensor, "T 1"], router: Router) -> Float32[Tensor, "T R"]:

@@ -116,14 +116,11 @@ def install(stage: Stage, names: list[str], grid: compensate.Grid, code: Tensor,
         bias = getattr(old, "bias", None)
         owns = not layers or form.routers == "per-linear"
         reads = (first.in_features if first else columns) if owns and not carried else None
-        leads = ahead and place == 0 and not layers and stage.next_place is not None
-        layer = MobiLinear(columns, rows.stop - start, form, reads, None if bias is None else bias.dtype, leads).to(
-            stage.device
-        )
+        dtype, following = None if bias is None else bias.dtype, stage.next_place if ahead and place == 0 and owns else None
+        layer = MobiLinear(columns, rows.stop - start, form, reads, dtype, following).to(stage.device)
         layer.set_weight(code[rows], grid.scale[rows], grid.zero[rows], bias)
         among = stage.place + place if ahead and owns and (first or carried) else None
         layer.attach(stage.precision, layer if owns else layers[0], among, first if owns else None)
-        layer.next_place = stage.next_place if leads else None
         blocks.replace(stage.student, name, layer)
         layers.append(layer)
         start = rows.stop

@@ -62,8 +62,7 @@ class MobiquantConfig(QuantizationConfig):
         self.whole = whole
         self.quantised = {name for names in whole.inputs for name in names}
         self.read_by_routers = whole.read_by_routers()
-        ahead = whole.format.routers == "per-block"
-        self.firsts = [whole.inputs[place][0] for place in whole.blocks] if ahead else []
+        self.firsts = whole.firsts
         # where vLLM has put a stored layer: its prefix and its inputs in all processes
         self.places: dict[str, tuple[str, int]] = {}
 
@@ -279,8 +278,10 @@ def _product(layer: Any, x: Tensor, rows: int) -> Tensor:
         ahead = hasattr(layer, "mobiquant_depth")
         return layer.mobiquant_depth[:tokens] if ahead else decided(_scores(layer, index, x))
 
-    for later, holder, prefix in layer.mobiquant_later if state.fixed is None else ():
-        later.mobiquant_depth[:tokens] = decided(router.scores(x, _router(holder, 0, prefix)))
+    later = layer.mobiquant_later if state.fixed is None else []
+    scores = router.scores_of_all(x, [_router(holder, 0, prefix) for _, holder, prefix in later])
+    for (other, _, _), score in zip(later, scores, strict=True):
+        other.mobiquant_depth[:tokens] = decided(score)
     parts = layer.router_weight.shape[0] if hasattr(layer, "router_weight") else 1
     if parts == 1 or state.fixed is not None:
         depth = depths(0)
