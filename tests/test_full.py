@@ -119,10 +119,11 @@ def test_layers_read_at_the_depth_of_their_place_and_those_of_one_input_share_it
         wanted = layers[name].packed().read(depth.value[one.place])
         assert torch.allclose(one.weight(torch.float32), wanted, atol=1e-6)
     # what kernels read says the same
-    depth.hold(torch.device("cpu"))
+    depth.hold(latents.values(), torch.device("cpu"))
     depth.fill(FORM)
     assert depth.held.tolist() == [2.0 ** (FORM.widths[d - 1] - 2) for d in depth.value]
-    assert depth.cells(3, FORM, torch.device("cpu")).item() == 2.0 ** (FORM.widths[depth.value[3] - 1] - 2)
+    for one in latents.values():
+        assert one.cells.item() == 2.0 ** (FORM.widths[depth.value[one.place] - 1] - 2)
 
 
 def test_codes_have_seen_mixed_depths_unless_told_otherwise(tmp_path):
@@ -418,7 +419,8 @@ def test_the_command_knows_the_recipe(tmp_path):
 
 
 @pytest.mark.gpu
-def test_captured_passes_learn_what_plain_ones_do(tmp_path):
+@pytest.mark.parametrize("fused", [False, True])
+def test_captured_passes_learn_what_plain_ones_do(tmp_path, fused):
     device = torch.device("cuda")
     made, original = torch.nn.Module.float(tiny.quantize(tmp_path, format=FORM)).to(device), tiny.model().to(device)
     pair, depth, tokens = passes.Pair.of(made, original), latent.Depth(1), tiny.tokens(4, 16).to(device)
@@ -429,7 +431,11 @@ def test_captured_passes_learn_what_plain_ones_do(tmp_path):
             one.to(device).zero_grad(set_to_none=False)
             for parameter in one.parameters():
                 parameter.grad = torch.zeros_like(parameter)
-        with passes.steady(made, pair.stack, tokens[:2]), passes.steady(original, pair.originals, tokens[:2]):
+        compiled = fused and kind == "captured"
+        with (
+            passes.steady(made, pair.stack, tokens[:2], compiled),
+            passes.steady(original, pair.originals, tokens[:2], compiled),
+        ):
             learner = (
                 passes.Passes(pair, depth, 0.5)
                 if kind == "plain"

@@ -18,7 +18,7 @@ FILES = sorted(HOME.rglob("*.py"))
 ORDER = (
     "_register|slices|progress|knob|kernels|kernels.cpu|kernels.cuda",
     "kernels.descent|kernels.grid|kernels.divergence|kernels.cpu.library",
-    "kernels.cpu.product",
+    "kernels.operators|kernels.cpu.product",
     "pack|clip|compensate|config",
     "router|console|kernels.cuda.compiler|serving.controller",
     "kernels.cuda.tiles",

@@ -113,12 +113,35 @@ def distill(
 def _passes(
     pair: Pair, depth: Depth, tokens: Int[Tensor, "S L"], form: Format, training: Training, weights: bool
 ) -> Iterator[Passes]:
-    """Passes over batches like `tokens`, captured on CUDA unless blocks are recomputed."""
+    """Passes over batches like `tokens`; on CUDA captured, of compiled blocks, unless blocks are recomputed."""
     if not tokens.is_cuda or not weights:
         yield Passes(pair, depth, training.loss_power)
         return
-    with steady(pair.student, pair.stack, tokens), steady(pair.teacher, pair.originals, tokens):
-        yield CapturedPasses(pair, depth, training.loss_power, tokens, form)
+    for fused in (True, False):
+        with steady(pair.student, pair.stack, tokens, fused), steady(pair.teacher, pair.originals, tokens, fused):
+            passes = CapturedPasses(pair, depth, training.loss_power, tokens, form)
+            if not fused or _compiles(passes, tokens):
+                yield passes
+                return
+
+
+def _compiles(passes: Passes, tokens: Int[Tensor, "S L"]) -> bool:
+    """Whether compiled blocks run, which the first pass shows; a notice says why not. Gradients are zero before and after."""
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import InductorError
+
+    try:
+        passes.teach(tokens)
+        passes.learn(1)
+    except (TorchDynamoException, InductorError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        print(f"mobiquant: blocks cannot be compiled ({reason}): training goes on without, slower", file=sys.stderr)
+        return False
+    finally:
+        for parameter in passes.student.parameters():
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+    return True
 
 
 def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ moves the whole grid with its codes, instead of moving weights to other cells.
 The start are codes: a position is the centre of the finest cell of its code. `project` keeps positions on the grid.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -23,6 +23,7 @@ from torch.nn.functional import linear
 from mobiquant import blocks, kernels, pack
 from mobiquant import slices as s
 from mobiquant.config import Format
+from mobiquant.kernels import operators
 from mobiquant.linear import MobiLinear, mobilinears
 
 TENSORS = ("position", "log_scale", "zero")
@@ -59,7 +60,8 @@ class Depth:
     """The depths at which the layers of one model read, one object for all of them.
 
     `value` is one depth for every layer, or one for each place: layers that read the same input share a place. `held` fp32
-    [places] says the same as cells in a base step, on a device where kernels read it: so a captured pass serves every depth.
+    [places] says the same as cells in a base step, on a device where kernels read it: so a captured pass serves every depth,
+    and a compiled block every place.
     """
 
     def __init__(self, value: int | Sequence[int]):
@@ -71,13 +73,11 @@ class Depth:
         """The depth of the layers at a place."""
         return self.value if isinstance(self.value, int) else self.value[place]
 
-    def cells(self, place: int, form: Format, device: torch.device) -> Float[Tensor, ""]:
-        """Cells in a base step at the depth of a place, on a device."""
-        return _tensor(_cells(form, self.at(place)), device) if self.held is None else self.held[place]
-
-    def hold(self, device: torch.device) -> None:
-        """Keep the cells of all places in one tensor from now on; `fill` sets them."""
+    def hold(self, latents: Iterable["LatentLinear"], device: torch.device) -> None:
+        """Keep the cells of all places in one tensor from now on, of which each layer has its own; `fill` sets them."""
         self.held = torch.ones(self.places, device=device)
+        for latent in latents:
+            latent.cells = self.held[latent.place]
 
     def fill(self, form: Format) -> None:
         """Put what `value` says into the tensor that is held."""
@@ -103,6 +103,8 @@ class LatentLinear(nn.Module):
         self.zero = nn.Parameter(s.load_zero(layer.zero, form.slices))
         self.bias: Tensor | None
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float())
+        # cells in a base step at the depth of its place, where that is held
+        self.cells: Float[Tensor, ""] | None = None
 
     def grid(self) -> tuple[Float[Tensor, "N G"], Float[Tensor, "N G"]]:
         """Scale and zero point as they will be stored, in fp32, with the gradient of the identity."""
@@ -115,11 +117,10 @@ class LatentLinear(nn.Module):
         """The weight at the depth of its place, differentiable."""
         form = self.format
         if kernels.usable(self.position):
-            from mobiquant.kernels import grid
-
-            cells = self.depth.cells(self.place, form, self.position.device)
-            sizes = form.group_size, form.slices[0], (s.MIN_SCALE, s.MAX_SCALE), s.ZERO_BITS
-            return grid.Read.apply(self.position, self.log_scale, self.zero, cells, *sizes, dtype)  # type: ignore[return-value]
+            cells = self.cells
+            if cells is None:
+                cells = _tensor(_cells(form, self.depth.at(self.place)), self.position.device)
+            return operators.read_grid(self.position, self.log_scale, self.zero, cells, form.group_size, form.slices[0], dtype)
         scale, zero = self.grid()
         columns = self.position.shape[1]
         level = centre(self.position, form, self.depth.at(self.place)) - s.expand(zero + 0.5, form.group_size, columns)

@@ -62,6 +62,8 @@ def repeatable(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
+    from torch._inductor import config as inductor
+
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filling = torch.utils.deterministic.fill_uninitialized_memory
     # without a fixed workspace cuBLAS may add in another order, and torch refuses to call it
@@ -70,7 +72,9 @@ def repeatable(device: torch.device) -> Iterator[None]:
         # with warnings in place of errors, attention would keep its unordered sums
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
-        yield
+        # compiled code must not depend on which of its forms was faster when it was tried
+        with inductor.patch(deterministic=True):
+            yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.utils.deterministic.fill_uninitialized_memory = filling

@@ -21,7 +21,7 @@ from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
 from mobiquant import blocks, kernels
-from mobiquant.calibrate.latent import Depth, lower
+from mobiquant.calibrate.latent import Depth, LatentLinear, lower
 from mobiquant.config import Format
 
 WARM_UP = 2
@@ -96,7 +96,7 @@ class CapturedPasses(Passes):
         self.pool = torch.cuda.graph_pool_handle()
         self.graphs: dict[str, torch.cuda.CUDAGraph] = {}
         self.made: dict[str, Tensor] = {}
-        depth.hold(tokens.device)
+        depth.hold((one for one in pair.student.modules() if isinstance(one, LatentLinear)), tokens.device)
 
     def _replay(self, key: str, work: Callable[[], Tensor]) -> Tensor:
         if key not in self.graphs:
@@ -134,9 +134,13 @@ class CapturedPasses(Passes):
 
 
 @contextmanager
-def steady(model: nn.Module, stack: nn.ModuleList, tokens: Int[Tensor, "S L"]) -> Iterator[None]:
-    """While open, the blocks `stack` of `model` get the arguments that an ordinary pass over `tokens` gives them."""
+def steady(model: nn.Module, stack: nn.ModuleList, tokens: Int[Tensor, "S L"], fused: bool = False) -> Iterator[None]:
+    """While open, the blocks `stack` of `model` get the arguments that an ordinary pass over `tokens` gives them.
+
+    `fused` blocks are compiled: all of a kind share one code.
+    """
     originals = [block.forward for block in stack]
+    ready = [torch.compile(forward, dynamic=False) for forward in originals] if fused else originals
     held: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
     def recording(index: int) -> Callable[..., Any]:
@@ -149,7 +153,7 @@ def steady(model: nn.Module, stack: nn.ModuleList, tokens: Int[Tensor, "S L"]) -
     def steadied(index: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            return originals[index](hidden, *held[index][0], **held[index][1])
+            return ready[index](hidden, *held[index][0], **held[index][1])
 
         return forward
 

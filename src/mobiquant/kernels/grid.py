@@ -7,12 +7,15 @@ every time.
 
 # Triton comes with CUDA builds of torch only, and kernels are a language of their own
 # pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportIndexIssue=false
-from typing import Any, no_type_check
+from dataclasses import dataclass
+from typing import no_type_check
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from mobiquant.slices import MAX_SCALE, MIN_SCALE, ZERO_BITS
 
 ROWS = 16
 
@@ -74,31 +77,48 @@ def _back(
     tl.store(d_zero + row * G + group, d_shift, mask=row < N)
 
 
-class Read(torch.autograd.Function):
+@dataclass(frozen=True)
+class Sizes:
+    """Columns of a group, and the width of the first slice."""
+
+    group: int
+    base: int
+
+    def numbers(self, position: Tensor, log_scale: Tensor) -> tuple[int | float, ...]:
+        """What kernels are told about tensors of these shapes."""
+        steps = 2.0 ** (ZERO_BITS - self.base)
+        return *position.shape, log_scale.shape[1], self.group, 2.0**self.base, steps, MIN_SCALE, MAX_SCALE
+
+    def blocks(self) -> dict[str, int]:
+        """What kernels are compiled for."""
+        return {"R": ROWS, "P": triton.next_power_of_2(self.group)}
+
+
+def _programs(position: Tensor, log_scale: Tensor) -> tuple[int, int]:
+    return triton.cdiv(position.shape[0], ROWS), log_scale.shape[1]
+
+
+def read(
+    position: Tensor, log_scale: Tensor, zero: Tensor, cells: Tensor, sizes: Sizes, dtype: torch.dtype
+) -> Tensor:  # fmt: skip
     """Weights [N, K] of `dtype` from position [N, K], log scale and zero point [N, G], all fp32 and contiguous.
 
-    `cells`, fp32 with one element, are those in a base step at the depth, `base` the width of the first slice, `bounds` are
-    least and greatest scale, `zero_bits` the bits in which a zero point is stored. Rounding passes gradients straight
-    through; a position outside the grid gets none.
+    `cells`, fp32 with one element, are those in a base step at the depth.
     """
+    out = torch.empty(position.shape, dtype=dtype, device=position.device)
+    numbers = sizes.numbers(position, log_scale)
+    _read[_programs(position, log_scale)](position, log_scale, zero, cells, out, *numbers, **sizes.blocks())
+    return out
 
-    @staticmethod
-    def forward(
-        ctx: Any, position: Tensor, log_scale: Tensor, zero: Tensor, cells: Tensor, group_size: int, base: int,
-        bounds: tuple[float, float], zero_bits: int, dtype: torch.dtype,
-    ) -> Tensor:  # fmt: skip
-        (rows, columns), groups = position.shape, log_scale.shape[1]
-        ctx.numbers = rows, columns, groups, group_size, 2.0**base, 2.0 ** (zero_bits - base), *bounds
-        ctx.sizes = {"R": ROWS, "P": triton.next_power_of_2(group_size)}
-        ctx.save_for_backward(position, log_scale, zero, cells)
-        out = torch.empty(position.shape, dtype=dtype, device=position.device)
-        _read[(triton.cdiv(rows, ROWS), groups)](position, log_scale, zero, cells, out, *ctx.numbers, **ctx.sizes)
-        return out
 
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        position, log_scale, zero, cells = ctx.saved_tensors
-        made = torch.empty_like(position), torch.empty_like(log_scale), torch.empty_like(zero)
-        grid = (triton.cdiv(position.shape[0], ROWS), log_scale.shape[1])
-        _back[grid](position, log_scale, zero, cells, slope.contiguous(), *made, *ctx.numbers, **ctx.sizes)
-        return *made, None, None, None, None, None, None
+def back(
+    slope: Tensor, position: Tensor, log_scale: Tensor, zero: Tensor, cells: Tensor, sizes: Sizes
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of position, log scale and zero point, for that of the weights [N, K] of any float dtype.
+
+    Rounding passes gradients straight through; a position outside the grid gets none.
+    """
+    made = torch.empty_like(position), torch.empty_like(log_scale), torch.empty_like(zero)
+    numbers, inputs = sizes.numbers(position, log_scale), (position, log_scale, zero, cells, slope.contiguous())
+    _back[_programs(position, log_scale)](*inputs, *made, *numbers, **sizes.blocks())
+    return made
