@@ -1,5 +1,10 @@
 """Settings of all tests: examples of property tests are few, always the same, and never timed."""
 
+import os
+
+# checks of annotations cannot be traced: what is compiled is tested in processes of their own (`helpers.unchecked`)
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
+
 import pytest
 import torch
 from beartype import BeartypeConf, beartype

@@ -136,11 +136,17 @@ def layer(form, columns=40, rows=24, owns_router=True, bias=None, seed=0):
     return made
 
 
-def interpreted(code):
-    """What Python says to `code` with kernels run by Triton's interpreter on a CPU, the folder of the tests at hand."""
+def unchecked(code, **more):
+    """What Python says to `code` without checks of annotations, the folder of the tests at hand; `more` of the environment."""
     here = Path(__file__).parent
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{here.parent / 'src'}:{here}"}
+    path = os.pathsep.join([f"{here.parent / 'src'}", f"{here}", os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "TORCHDYNAMO_DISABLE": "0", "PYTHONPATH": path, **more}
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+
+
+def interpreted(code):
+    """What Python says to `code` with kernels run by Triton's interpreter on a CPU."""
+    return unchecked(code, TRITON_INTERPRET="1")
 
 
 def check_short(path):
