@@ -35,7 +35,7 @@ ORDER = (
     "integration|data",
     "calibrate.streams|calibrate.routers|calibrate.latent|calibrate.work",
     "calibrate.fast|calibrate.nested|calibrate.passes",
-    "calibrate.paper|calibrate.thresholds|calibrate.distill|calibrate.sensitivity",
+    "calibrate.paper|calibrate.thresholds|calibrate.distill|calibrate.sensitivity|calibrate.gates",
     "calibrate.routing",
     "calibrate.full",
     "calibrate",

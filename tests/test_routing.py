@@ -1,6 +1,7 @@
 """Routers trained end to end: gates that are those of the layers, budgets that are kept, and order that is learnt."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -8,7 +9,7 @@ import torch
 
 import mobiquant
 from mobiquant import budget, data, router
-from mobiquant.calibrate import passes, routing
+from mobiquant.calibrate import gates, passes, routing
 from mobiquant.calibrate.work import Work
 from mobiquant.config import Format, Training
 from mobiquant.linear import mobilinears
@@ -19,9 +20,9 @@ ROUTERS = Training(0, distill_steps=0, routing_steps=0, distill_batch=4, router_
 LIST = {"samples": 32, "sequence_length": 32, "format": FORM, "recipe": "full"}
 
 
-def opened(made, original=None):
+def opened(made, original=None, device=HOST):
     """The context of a quantised model beside its float original."""
-    return routing.opened(passes.Pair.of(made, original or tiny.model()), budget.checkpoint_of(made), 0.5, HOST)
+    return gates.opened(passes.Pair.of(made, original or tiny.model()), budget.checkpoint_of(made), device)
 
 
 @pytest.mark.parametrize("routers", ["per-block", "per-input", "per-linear"])
@@ -38,7 +39,7 @@ def test_gated_layers_read_what_quantised_ones_do(tmp_path, routers, tau, cap):
     tiny.logits(made, ids)
     bits = mobiquant.bits_read(made)
     with opened(made) as routed:
-        step = routing.Step(torch.full((2,), tau), torch.full((2,), cap), 1.0)
+        step = gates.Step(torch.full((2,), tau), torch.full((2,), cap), 1.0)
         _, read, _ = routed.losses(ids, step)
         assert torch.allclose(routed.pair.student(ids).logits, wanted, atol=1e-4)
     assert read.mean().item() == pytest.approx(bits, abs=1e-4)
@@ -53,7 +54,7 @@ def test_layers_of_every_family_can_be_gated(tmp_path, family):
         tau, cap = next(iter(mobilinears(made).values())).precision.get()
     with opened(made, original=tiny.model(family)) as routed:
         for gate in routed.gates.values():
-            gate.begin(routing.Step(torch.tensor(tau), torch.tensor(cap), 1.0))
+            gate.begin(gates.Step(torch.tensor(tau), torch.tensor(cap), 1.0))
         assert torch.allclose(routed.pair.student(ids).logits, wanted, atol=1e-4)
 
 
@@ -61,9 +62,9 @@ def test_each_sequence_of_a_batch_has_its_own_budget(tmp_path):
     made, ids = tiny.quantize(tmp_path, format=FORM), tiny.tokens(3, 16)
     tau, cap = torch.tensor([-1.0, -5.0, float("-inf")]), torch.tensor([3, 5, 2])
     with opened(made) as routed:
-        together, read, slope = routed.losses(ids, routing.Step(tau, cap, 0.5))
+        together, read, slope = routed.losses(ids, gates.Step(tau, cap, 0.5))
         for i in range(3):
-            alone = routed.losses(ids[i : i + 1], routing.Step(tau[i : i + 1], cap[i : i + 1], 0.5))
+            alone = routed.losses(ids[i : i + 1], gates.Step(tau[i : i + 1], cap[i : i + 1], 0.5))
             for one, all_of in zip(alone, (together, read, slope), strict=True):
                 assert one.item() == pytest.approx(all_of[i].item(), rel=1e-3, abs=1e-5)
     assert read[2] == 3 and slope[2] == 0 and (slope[:2] < 0).all()
@@ -73,35 +74,67 @@ def test_the_slope_of_the_bits_is_their_gradient_by_the_threshold(tmp_path):
     made = tiny.quantize(tmp_path, format=FORM)
     with opened(made) as routed:
         tau = torch.tensor([-1.0, -5.0], requires_grad=True)
-        _, read, slope = routed.losses(tiny.tokens(2, 16), routing.Step(tau, torch.tensor([3, 5]), 0.7))
+        _, read, slope = routed.losses(tiny.tokens(2, 16), gates.Step(tau, torch.tensor([3, 5]), 0.7))
         (gradient,) = torch.autograd.grad(read.sum(), tau)
     # the gradient also knows that earlier gates change the inputs of later ones
     assert torch.allclose(gradient, slope, rtol=0.05)
 
 
-def test_above_4_bits_half_of_the_gradient_is_that_of_the_text(tmp_path, monkeypatch):
+def test_a_share_of_the_gradient_is_that_of_the_text(tmp_path):
     made, ids = tiny.quantize(tmp_path, format=FORM), tiny.tokens(2, 16)
 
     def gradient(share):
-        monkeypatch.setattr(routing, "TEXT", share)
+        text = None if share is None else torch.tensor([0.0, share])
         with opened(made) as routed:
-            each, _, _ = routed.losses(ids, routing.Step(torch.tensor([-1.0, -5.0]), torch.tensor([3, 5]), 1.0))
+            each, _, _ = routed.losses(ids, gates.Step(torch.tensor([-1.0, -5.0]), torch.tensor([3, 5]), 1.0, text))
             parameters = [gate.out_bias for gate in routed.gates.values()]
             small, large = (torch.cat(torch.autograd.grad(one, parameters, retain_graph=True)) for one in each)
             logits = routed.pair.student(ids).logits[1]
             text = -logits[:-1].log_softmax(-1).gather(1, ids[1, 1:, None]).mean()
             return each.detach(), small, large, torch.cat(torch.autograd.grad(text, parameters))
 
-    (value, small, none, text), (same, also, half, _), (_, _, whole, _) = (gradient(share) for share in (0.0, 0.5, 1.0))
+    (value, small, none, text), (same, also, half, _), (_, _, whole, _) = (gradient(share) for share in (None, 0.5, 1.0))
     assert torch.equal(value, same) and torch.allclose(small, also, atol=1e-7)
     assert torch.allclose(half, (none + whole) / 2, atol=1e-7) and torch.allclose(whole, text, atol=1e-6)
     assert (none - whole).norm() > 0.1 * whole.norm()
 
 
+def test_budgets_know_the_share_of_the_text_and_take_turns(both):
+    fitted = [SimpleNamespace(scores=torch.randn(50, 4, generator=torch.Generator().manual_seed(i)), size=10) for i in range(2)]
+    budgets = routing.Budgets.of(FORM, fitted, HOST)
+    above = budgets.bits > 4
+    assert (budgets.text[above] == routing.TEXT).all() and (budgets.text[~above] == routing.TEXT_BELOW).all() and above.any()
+    for count in (4, 30):
+        turn = budgets.turn(count)
+        assert set(torch.cat(turn).tolist()) == set(range(len(above))) and all(len(part) == count for part in turn)
+    assert len(budgets.turn(4)) == -(-len(above) // 4)
+
+
+@pytest.mark.gpu
+def test_captured_steps_learn_what_plain_ones_do(tmp_path):
+    device = torch.device("cuda")
+    made, ids = tiny.quantize(tmp_path, format=FORM), tiny.tokens(4, 16).to(device)
+    found = {}
+    for captured in (False, True):
+        with opened(made, device=device) as routed, routing._learner(routed, ids[:2], 0.5) as learner:
+            assert isinstance(learner, routing.CapturedLearner)
+            learn = learner.learn if captured else super(routing.CapturedLearner, learner).learn
+            step = gates.Step(*(torch.tensor(v, device=device) for v in ([-1.0, -5.0], [3, 5])), 0.7, ids[0, :2] * 0 + 0.5)
+            other = replace(step, tau=step.tau + 0.5, temperature=0.4)
+            price = torch.tensor([0.01, 0.02], device=device)
+            made_of = [learn(*one) for one in ((ids[:2], step, price), (ids[2:], other, 2 * price), (ids[:2], step, price))]
+            found[captured] = made_of, [p.grad.clone() for p in learner.parameters]
+    for one, same in zip(*(found[captured][0] for captured in (False, True)), strict=True):
+        for a, b in zip(one, same, strict=True):
+            assert torch.allclose(a, b, rtol=2e-2, atol=1e-4)
+    for a, b in zip(*(found[captured][1] for captured in (False, True)), strict=True):
+        assert torch.allclose(a, b, rtol=2e-2, atol=1e-2 * float(a.abs().max()) + 1e-7)
+
+
 def test_a_stored_router_scores_as_the_trained_one(tmp_path):
     made = tiny.quantize(tmp_path, format=FORM)
     layer = next(iter(mobilinears(made).values()))
-    trained = routing.GateRouter(layer.get_router(), FORM)
+    trained = gates.GateRouter(layer.get_router(), FORM)
     with torch.no_grad():
         trained.out_bias += 0.3
         trained.weight *= 1.1

@@ -87,50 +87,61 @@ class Passes:
         return mean.detach()
 
 
+class Replayed:
+    """Work on CUDA that is captured as a graph when it is first done and replayed from then on.
+
+    What it reads must stay in place. It may add gradients to `parameters`, whose `.grad` must be there and stay in place.
+    """
+
+    def __init__(self, work: Callable[[], Any], parameters: Sequence[Tensor] = (), pool: Any = None):
+        self.work, self.parameters, self.pool = work, parameters, pool
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> Any:
+        """Do the work; returns what it made, which the next time overwrites."""
+        if self.graph is None:
+            self.graph = self._capture()
+        self.graph.replay()
+        return self.made
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        kept = [(p, p.grad.clone()) for p in self.parameters if p.grad is not None]
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            for _ in range(WARM_UP):
+                self.work()
+        torch.cuda.current_stream().wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            self.made = self.work()
+        for parameter, gradient in kept:
+            parameter.grad.copy_(gradient)  # type: ignore[union-attr]
+        return graph
+
+
 class CapturedPasses(Passes):
     """Passes on CUDA replayed as graphs, for batches of one shape; `.grad` of the student must be there and stay in place."""
 
     def __init__(self, pair: Pair, depth: Depth, power: float, tokens: Int[Tensor, "S L"], form: Format):
         super().__init__(pair, depth, power)
-        self.tokens, self.form = tokens.clone(), form
-        self.pool = torch.cuda.graph_pool_handle()
-        self.graphs: dict[str, torch.cuda.CUDAGraph] = {}
-        self.made: dict[str, Tensor] = {}
+        self.tokens, self.form, pool = tokens.clone(), form, torch.cuda.graph_pool_handle()
+        self.predict = Replayed(lambda: super(CapturedPasses, self).teach(self.tokens), pool=pool)
+        parameters = [p for p in self.student.parameters() if p.grad is not None]
+        self.step = Replayed(lambda: super(CapturedPasses, self).learn(depth.value), parameters, pool)
         depth.hold((one for one in pair.student.modules() if isinstance(one, LatentLinear)), tokens.device)
-
-    def _replay(self, key: str, work: Callable[[], Tensor]) -> Tensor:
-        if key not in self.graphs:
-            kept = [(p, p.grad.clone()) for p in self.student.parameters() if p.grad is not None]
-            beside = torch.cuda.Stream()
-            beside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(beside):
-                for _ in range(WARM_UP):
-                    work()
-            torch.cuda.current_stream().wait_stream(beside)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
-                self.made[key] = work()
-            self.graphs[key] = graph
-            for parameter, gradient in kept:
-                parameter.grad.copy_(gradient)  # type: ignore[union-attr]
-        self.graphs[key].replay()
-        return self.made[key]
 
     @torch.no_grad()
     def teach(self, tokens: Int[Tensor, "S L"]) -> None:
         """As `Passes.teach`."""
         self.tokens.copy_(tokens)
-        self._replay("teach", self._predict)
-
-    def _predict(self) -> Tensor:
-        super().teach(self.tokens)
-        return self.wanted
+        self.predict()
 
     def learn(self, depth: int | Sequence[int]) -> Float[Tensor, ""]:
         """As `Passes.learn`."""
         self.depth.value = depth
         self.depth.fill(self.form)
-        return self._replay("learn", lambda: super(CapturedPasses, self).learn(depth)).clone()
+        return self.step().clone()
 
 
 @contextmanager
