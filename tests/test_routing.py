@@ -1,7 +1,6 @@
 """Routers trained end to end: gates that are those of the layers, budgets that are kept, and order that is learnt."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -10,6 +9,7 @@ import torch
 import mobiquant
 from mobiquant import budget, data, router
 from mobiquant.calibrate import gates, passes, routing
+from mobiquant.calibrate.fast import Fitted
 from mobiquant.calibrate.work import Work
 from mobiquant.config import Format, Training
 from mobiquant.linear import mobilinears
@@ -99,8 +99,8 @@ def test_a_share_of_the_gradient_is_that_of_the_text(tmp_path):
     assert (none - whole).norm() > 0.1 * whole.norm()
 
 
-def test_budgets_know_the_share_of_the_text_and_take_turns(both):
-    fitted = [SimpleNamespace(scores=torch.randn(50, 4, generator=torch.Generator().manual_seed(i)), size=10) for i in range(2)]
+def test_budgets_know_the_share_of_the_text_and_take_turns():
+    fitted = [Fitted((), 10, torch.randn(50, 4, generator=torch.Generator().manual_seed(seed))) for seed in range(2)]
     budgets = routing.Budgets.of(FORM, fitted, HOST)
     above = budgets.bits > 4
     assert (budgets.text[above] == routing.TEXT).all() and (budgets.text[~above] == routing.TEXT_BELOW).all() and above.any()

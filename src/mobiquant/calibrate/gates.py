@@ -61,7 +61,7 @@ class GateRouter(nn.Module):
         self.out, self.out_bias = nn.Parameter(start.out.clone()), nn.Parameter(start.out_bias.clone())
         self.widths: Tensor
         self.register_buffer("widths", torch.tensor(form.slices[1:], dtype=torch.float32))
-        self.step = Step(torch.empty(0), torch.empty(0, dtype=torch.int64), HOT)
+        self.step = Step(torch.empty(0), torch.empty(0, dtype=torch.int64), 1.0)
         # of the last pass: what the layers read, what the router read (the same, or what earlier layers did), and its gates
         self._last: tuple[Tensor, Tensor, Gates] | None = None
         self._first: tuple[GateRouter, ...] = ()
