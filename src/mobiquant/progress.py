@@ -36,7 +36,7 @@ def bars(console: Console | None = None, lines: bool = False, clock: Callable[[]
 
         def report(stage: str, done: int, total: int, note: str = "") -> None:
             # the first step of a stage may compile, and a resumed stage does not begin at its first step
-            since, first = begun.setdefault(stage, (clock(), done))
+            since, first = begun.setdefault(stage, (clock(), done)) if done else (clock(), done)
             if lines and not console.is_terminal and done and (done * 10 // total != (done - 1) * 10 // total):
                 rest = left((total - done) * (clock() - since) / (done - first)) if done > first else ""
                 words = [f"{stage}: {done}/{total}", note, rest and f"({rest})"]

@@ -82,6 +82,7 @@ def distill(
     sums: dict[int, list[float]] = {}
     recent: dict[int, float] = {}
     count = max(1, min(training.passes_per_step - training.mixed, len(form.widths)))
+    progress("training end to end", first, steps, "compiling blocks" if device.type == "cuda" and weights else "")
     with repeatable(device), _passes(pair, depth, windows[: training.distill_batch], form, training, weights) as passes:
         for step in range(first, steps):
             generator = generator_for(seed, NAME, 0, step)

@@ -185,8 +185,8 @@ class Run:
             ends: list[float] = []
             nothing = Work(None, {}, False)
             distill.distill(*everything, still, self.settings.seed, nothing, weights, lambda *_: ends.append(time.monotonic()))
-            # the first step captures graphs, which takes as long as many steps
-            return (ends[-1] - ends[0]) / (len(ends) - 1)
+            # the first report comes before the first step, which compiles and captures: that takes as long as many steps
+            return (ends[-1] - ends[1]) / (len(ends) - 2)
 
         steps = plan.steps("distillation", plan.training.distill_steps, DISTILL_SHARE, 1, trial)
         training = replace(plan.training, distill_steps=steps)
