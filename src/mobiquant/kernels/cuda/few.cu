@@ -48,11 +48,14 @@ DEVICE void add_step(Sums &sums, const u32 *words, const Inputs &in, const int (
     }
 }
 
-// the same for each piece apart
-template <int piece, int first, int last, int f> DEVICE void add_apart(Sums &sums, const u32 *words, const Inputs &in, const int (&depth)[NT]) {
+// the same for each piece apart, whose words are taken one after another: all of them are many registers
+template <int piece, int first, int last, int f>
+DEVICE void add_apart(Sums &sums, const u8 *place, int tile, const Inputs &in, const int (&depth)[NT], int lane) {
     if constexpr (piece < last) {
-        add_step<piece, piece + 1, first, f>(sums, words, in, depth, false);
-        add_apart<piece + 1, first, last, f>(sums, words, in, depth);
+        u32 words[2 * WIDTH[piece]];
+        take_piece<first, piece, tiles_of_place<first, last>()>(words, place, tile, lane);
+        add_step<piece, piece + 1, piece, f>(sums, words, in, depth, false);
+        add_apart<piece + 1, first, last, f>(sums, place, tile, in, depth, lane);
     }
 }
 
@@ -60,8 +63,9 @@ template <int piece, int first, int last, int f> DEVICE void add_apart(Sums &sum
 struct Tokens {
     int column[NT];
     float offset[NT];
-    bool alike;
 };
+// said beside the deepest token's depth where others read less: one number is one register
+constexpr int MIXED = 16;
 
 // the sums of a group's codes with x, in what its scale makes of them
 DEVICE void add_group(Rows &y, const Sums &sums, const u8 *group, const Pair *x, bool with_zero, bool begins, int lane, const Tokens &t) {
@@ -90,7 +94,7 @@ DEVICE void add_place(Rows &y, const u8 *place, const Params &p, const Shared &s
     Inputs in[Own::TILES];
 #pragma unroll
     for (int i = 0; i < Own::TILES; i++) {
-        take_words<first, last, Own::TILES>(words[i], place, i, lane);
+        if constexpr (!apart) take_words<first, last, Own::TILES>(words[i], place, i, lane);
         load_inputs(in[i], p, s, column_tile + i, lane);
     }
     const bool begins = Own::TILES * 64 >= GROUP || column_tile * 64 % GROUP == 0;
@@ -101,8 +105,8 @@ DEVICE void add_place(Rows &y, const u8 *place, const Params &p, const Shared &s
         for (int i = g * steps; i < (g + 1) * steps; i++) {
             const u32 *own = words[i / 2];
             if constexpr (apart) {
-                if (i % 2) add_apart<first, first, last, 1>(sums, own, in[i / 2], t.column);
-                else add_apart<first, first, last, 0>(sums, own, in[i / 2], t.column);
+                if (i % 2) add_apart<first, first, last, 1>(sums, place, i / 2, in[i / 2], t.column, lane);
+                else add_apart<first, first, last, 0>(sums, place, i / 2, in[i / 2], t.column, lane);
             } else {
                 if (i % 2) add_step<first, last, first, 1>(sums, own, in[i / 2], t.column, true);
                 else add_step<first, last, first, 0>(sums, own, in[i / 2], t.column, true);
@@ -115,9 +119,14 @@ DEVICE void add_place(Rows &y, const u8 *place, const Params &p, const Shared &s
 
 // ---- rows
 
-// add up the warps and store 32 rows of all tokens; the two buffers take turns, so one barrier is enough
-DEVICE void finish(const Params &p, const Shared &s, Rows &y, int row_tile, int turn, int warp, int lane) {
-    float *sums = s.sums + turn * SUMS;
+// the rows of this block's turn; shared out from the last block on, since the first ones have other work too
+DEVICE int rows_of_turn(int turn) { return (turn + 1) * (int)gridDim.x - 1 - (int)blockIdx.x; }
+
+// add up the warps and store 32 rows of all tokens; where two buffers take turns, one barrier is enough
+DEVICE void finish(const Params &p, const Shared &s, Rows &y, int turn, int warp, int lane) {
+    float *sums = s.sums + turn % BUFFERS * SUMS;
+    int row_tile = rows_of_turn(turn);
+    if (BUFFERS == 1) __syncthreads();  // those of the rows before have been read
     put(sums, y, warp, lane);
     __syncthreads();
     const Member &m = member_of(p, row_tile);
@@ -146,16 +155,16 @@ DEVICE void prefetch_rows(const Params &p, int row_tile, int depth, int lane) {
     if (lane == PIECES + 1) prefetch(m.zero + (u64)row_tile * p.groups * ZEROS, p.groups * ZEROS);
 }
 
-// pieces first .. last - 1 of rows from, from + blocks, .. below to, whose first tiles are on their way (`fill`) and whose others the
-// cursor names. The sums are stored at the end of each 32 rows, unless `keep`, which is for one turn.
+// pieces first .. last - 1 of the rows of a turn and of those after, as far as the cursor goes, which names the tiles that are not on
+// their way yet (`fill`). The sums are stored at the end of each 32 rows, unless `keep`, which is for one turn.
 template <int first, int last, bool apart>
-DEVICE void sweep(const Params &p, const Shared &s, Cursor &ahead, int from, bool keep, const Tokens &t, Rows &y, int &turn) {
+DEVICE void sweep(const Params &p, const Shared &s, Cursor &ahead, int turn, bool keep, const Tokens &t, Rows &y) {
     using Own = PlaceOf<first, last>;
     constexpr int bytes = Own::BYTES, end = places<first, last>() * bytes;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     u8 *ring = s.ring + warp * RING;
     int place = 0;
-    for (int row_tile = from; row_tile < ahead.to; row_tile += gridDim.x) {
+    for (; rows_of_turn(turn) < ahead.to; turn++) {
 #pragma unroll 1
         for (int column_tile = warp * Own::TILES; column_tile < p.column_tiles; column_tile += WARPS * Own::TILES) {
             wait_for_copies<end / bytes - 2>();
@@ -164,16 +173,16 @@ DEVICE void sweep(const Params &p, const Shared &s, Cursor &ahead, int from, boo
             add_place<first, last, apart>(y, ring + place, p, s, column_tile, lane, t);
             place = place + bytes == end ? 0 : place + bytes;
         }
-        if (!keep) finish(p, s, y, row_tile, turn ^= 1, warp, lane);
+        if (!keep) finish(p, s, y, turn, warp, lane);
     }
 }
 
 template <int first>
-DEVICE void sweep_to(int deepest, const Params &p, const Shared &s, Cursor &ahead, int from, bool keep, const Tokens &t, Rows &y, int &turn) {
-    at_depth<first>(deepest, [&](auto last) {
+DEVICE void sweep_to(int deepest, const Params &p, const Shared &s, Cursor &ahead, int turn, bool keep, const Tokens &t, Rows &y) {
+    at_depth<first>(deepest % MIXED, [&](auto last) {
         // tokens that read the base slice alone are all alike
-        if (last.number == pieces_to(1) || t.alike) sweep<first, last.number, false>(p, s, ahead, from, keep, t, y, turn);
-        else sweep<first, last.number, true>(p, s, ahead, from, keep, t, y, turn);
+        if (last.number == pieces_to(1) || deepest < MIXED) sweep<first, last.number, false>(p, s, ahead, turn, keep, t, y);
+        else sweep<first, last.number, true>(p, s, ahead, turn, keep, t, y);
     });
 }
 
@@ -187,7 +196,7 @@ DEVICE int bits_at(int depth) {
     return bits;
 }
 
-// depths of the tokens of this lane; returns the deepest of all
+// depths of the tokens of this lane; returns the deepest of all, and MIXED more where they differ
 DEVICE int look_up(const Params &p, const int *depth, Tokens &t, int lane) {
     int deepest = 0, least = 1 << 10;
     auto depth_of = [&](int token) { return token < p.tokens ? depth[token] : 0; };
@@ -201,104 +210,119 @@ DEVICE int look_up(const Params &p, const int *depth, Tokens &t, int lane) {
         if (own) least = least < own ? least : own;
     }
     deepest = warp_max(deepest);
-    t.alike = -warp_max(-least) == deepest;
-    return deepest;
+    return -warp_max(-least) == deepest ? deepest : deepest + MIXED;
 }
 
 constexpr u32 MINUS_INFINITY = 0xff800000u;
 
-// take thresholds, caps and what was decided to shared memory, as they are now
-DEVICE void bring(const Params &p, Wanted &to) {
+// thresholds, caps and what was decided, on their way: each thread has one of each
+struct Asked {
+    float tau, own;
+    int cap, most, given;
+    u32 number;
+};
+
+DEVICE Asked ask(const Params &p) {
     const int i = threadIdx.x;
-    if (i < p.entries) {
-        to.tau[i] = load_fresh(p.tau + i);
-        to.cap[i] = (int)load_fresh(p.cap + i);
-    }
+    Asked a = {};
+    if (i < p.entries) a.tau = load_fresh(p.tau + i), a.cap = (int)load_fresh(p.cap + i);
     if (i < p.tokens) {
-        const int entry = entry_of(p, i), cap = (int)load_fresh(p.cap + entry);
-        const bool fixed = __float_as_uint(load_fresh(p.tau + entry)) == MINUS_INFINITY;
-        to.depth[i] = fixed || !p.given ? cap : load_fresh(p.given + p.before + i);
+        const int entry = entry_of(p, i);
+        a.own = load_fresh(p.tau + entry), a.most = (int)load_fresh(p.cap + entry);
+        if (p.given) a.given = load_fresh(p.given + p.before + i);
     }
-    if (i == 0) to.number = load_fresh(p.routers.state);
+    if (ROUTED != NOBODY && i == 0) a.number = load_fresh(p.routers.state);
+    return a;
+}
+
+// and to shared memory
+DEVICE void keep(const Params &p, const Asked &a, Wanted &to) {
+    const int i = threadIdx.x;
+    if (i < p.entries) to.tau[i] = a.tau, to.cap[i] = a.cap;
+    if (i < p.tokens) to.depth[i] = p.given && __float_as_uint(a.own) != MINUS_INFINITY ? a.given : a.most;
+    if (i == 0) to.number = a.number;
 }
 
 // whether any entry leaves its depth to routers
 DEVICE bool is_routed(const Params &p, const Wanted &wanted, int lane) {
-    return ROUTED != NOBODY && !warp_all(lane >= p.entries || __float_as_uint(wanted.tau[lane]) == MINUS_INFINITY);
+    return ROUTED != NOBODY && p.routers.count && !warp_all(lane >= p.entries || __float_as_uint(wanted.tau[lane]) == MINUS_INFINITY);
 }
 
-// decide what tokens read beside the base slice of the first rows, and go on with all rows
-DEVICE void decide_and_sweep(const Params &p, const Shared &s, Cursor &ahead, int own, int after, Tokens &t, Rows &y, int &turn) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, blocks = gridDim.x, tiles = row_tiles_of(p);
+// decide what tokens read beside the base slice of the first rows, which are done here; returns what `look_up` does
+DEVICE int decide_and_begin(const Params &p, const Shared &s, Cursor &ahead, int own, int after, Tokens &t, Rows &y) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     u8 *ring = s.ring + warp * RING;
 #pragma unroll
     for (int c = 0; c < NT; c++) t.column[c] = 1, t.offset[c] = 0;
-    sweep<0, pieces_to(1), false>(p, s, ahead, own, true, t, y, turn);
+    sweep<0, pieces_to(1), false>(p, s, ahead, 0, true, t, y);
     decide(p, s, p.routers.each[0], true);
     const int deepest = look_up(p, s.depth, t, lane);
     if (deepest > 1) {
         ahead = {own, after};
-        fill_to<pieces_to(1)>(deepest, ring, p, ahead, warp, lane);
-        sweep_to<pieces_to(1)>(deepest, p, s, ahead, own, true, t, y, turn);
+        fill_to<pieces_to(1)>(deepest % MIXED, ring, p, ahead, warp, lane);
+        sweep_to<pieces_to(1)>(deepest, p, s, ahead, 0, true, t, y);
     }
-    ahead = {own + blocks, tiles};
-    fill_to<0>(deepest, ring, p, ahead, warp, lane);
-    if (own < tiles) finish(p, s, y, own, turn ^= 1, warp, lane);
-    sweep_to<0>(deepest, p, s, ahead, own + blocks, false, t, y, turn);
+    ahead = {rows_of_turn(1), p.row_tiles};
+    fill_to<0>(deepest % MIXED, ring, p, ahead, warp, lane);
+    if (own < p.row_tiles) finish(p, s, y, 0, warp, lane);
+    return deepest;
+}
+
+// x and what is wanted of it, once the launch before has ended
+DEVICE void take_inputs(const Params &p, const Shared &s) {
+    wait_for_last();
+    const Asked asked = ask(p);
+    // more than a few tokens are staged by the launch before, those of one that is cut in parts too
+    if (NT > 1 || p.staged) {
+        for (int i = threadIdx.x * 16; i < staged_bytes(p); i += THREADS * 16) copy_16(s.x + i, p.staged + i);
+        copies_end();
+        keep(p, asked, s.wanted[1]);
+        wait_for_copies<0>();
+    } else stage(p, s, [&] { keep(p, asked, s.wanted[1]); });
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, PER) few(const __grid_constant__ Params p) {
     SHARED_BYTES(memory);
     const Shared s = carve(memory, p);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, blocks = gridDim.x, tiles = row_tiles_of(p), own = blocks - 1 - (int)blockIdx.x;
-    u8 *ring = s.ring + warp * RING;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, blocks = gridDim.x, tiles = p.row_tiles, own = rows_of_turn(0);
+    const int after = own + 1 < tiles ? own + 1 : tiles;
     Tokens t;
     Rows y = {};
-    int turn = 0;
-    // Before the launch before has ended: weights do not depend on it, and what is said by now is a guess of what is wanted
-    bring(p, s.wanted[0]);
-    __syncthreads();
+    int deepest = -1;
     // whether routers have work, and whether rows wait for them
-    const bool guess_routed = is_routed(p, s.wanted[0], lane), guess_open = ROUTED == ITSELF && guess_routed;
-    const int guess = guess_open ? 1 : look_up(p, s.wanted[0].depth, t, lane), after = own + 1 < tiles ? own + 1 : tiles;
-    Cursor ahead = {own, guess_open ? after : tiles};
-    fill_to<0>(guess, ring, p, ahead, warp, lane);
-    if (guess_open && warp == 0)
-        for (int i = 1; i < FIRST_ROWS && own + i * blocks < tiles; i++) prefetch_rows(p, own + i * blocks, 1, lane);
-    if (guess_routed) prepare_scores(p, s);
-    let_next_begin();
-    wait_for_last();
-    if (p.staged) {
-        for (int i = threadIdx.x * 16; i < staged_bytes(p); i += THREADS * 16) copy_16(s.x + i, p.staged + i);
-        copies_end();
-        bring(p, s.wanted[1]);
-        wait_for_copies<0>();
-    } else stage(p, s, [&] { bring(p, s.wanted[1]); });
-    __syncthreads();
-    const bool routed = is_routed(p, s.wanted[1], lane), open = ROUTED == ITSELF && routed;
-    int deepest = open ? 1 : look_up(p, s.wanted[1].depth, t, lane);
-    if (open != guess_open || deepest != guess) {
-        wait_for_copies<0>();
-        ahead = {own, open ? after : tiles};
-        fill_to<0>(deepest, ring, p, ahead, warp, lane);
-    }
-    if (routed) {
-        if (!guess_routed) {
-            prepare_scores(p, s);
-            __syncthreads();
+    bool routed = false, open = false;
+    Cursor ahead = {own, tiles};
+    // Twice: weights do not depend on the launch before, so they are sent for before it has ended, by a guess of what is wanted
+#pragma unroll 1
+    for (int look = 0; look < 2; look++) {
+        if (look) take_inputs(p, s);
+        else keep(p, ask(p), s.wanted[0]);
+        __syncthreads();
+        const Wanted &wanted = s.wanted[look];
+        const bool routed_now = is_routed(p, wanted, lane), open_now = ROUTED == ITSELF && routed_now;
+        const int deepest_now = open_now ? 1 : look_up(p, wanted.depth, t, lane);
+        const bool as_before = deepest_now % MIXED == deepest % MIXED && open_now == open;
+        deepest = deepest_now, open = open_now;
+        if (!as_before) {
+            wait_for_copies<0>();
+            ahead = {own, open ? after : tiles};
+            fill_to<0>(deepest % MIXED, s.ring + warp * RING, p, ahead, warp, lane);
+            if (!look && open && warp == 0)
+                for (int i = 1; i < FIRST_ROWS && own + i * blocks < tiles; i++) prefetch_rows(p, own + i * blocks, 1, lane);
         }
-        know_number(p, s);
-        score(p, s);
+        if (routed_now && !routed && is_busy(p)) {
+            prepare_scores(p, s);
+            if (look) __syncthreads();
+        }
+        routed = routed_now;
+        if (!look) let_next_begin();
     }
-    if (open) decide_and_sweep(p, s, ahead, own, after, t, y, turn);
-    else {
-        if (own == 0 && threadIdx.x < p.tokens) count(p, threadIdx.x, s.wanted[1].depth[threadIdx.x]);
-        // a processor without rows would be given two blocks of the next launch, and would be the last to end
-        if (own >= tiles) linger();
-        sweep_to<0>(deepest, p, s, ahead, own, false, t, y, turn);
-    }
-    if (is_routed(p, s.wanted[1], lane)) {
-        decide_for_others(p, s);
-        number_next(p, s);
-    }
+    if (routed && is_busy(p)) know_number(p, s), score(p, s);
+    if (!open && own == 0 && threadIdx.x < p.tokens) count(p, threadIdx.x, s.wanted[1].depth[threadIdx.x]);
+    // a processor without rows would be given two blocks of the next launch, and would be the last to end
+    if (own >= tiles && !open) linger();
+    if (open) deepest = decide_and_begin(p, s, ahead, own, after, t, y);
+    sweep_to<0>(deepest, p, s, ahead, open, false, t, y);
+    // said anew: nothing is kept in registers beside the rows
+    if (is_routed(p, s.wanted[1], threadIdx.x % 32) && is_busy(p)) decide_for_others(p, s), number_next(p, s);
 }

@@ -22,6 +22,15 @@ WANTED = 2 * (12 * MOST + 16)
 SHAPES = {1: (16, 2), 2: (16, 1), 4: (8, 1)}
 # bytes of tiles on their way to a warp: two tiles of eight bits at least
 RING = 4608
+# where routers neither score nor have decided, depths seldom differ: (warps, blocks, ring, buffers of sums)
+FIXED = {2: (8, 2, 6912, 2)}
+# the same where shared memory does not hold that: x of more columns is worth more than warps
+NARROW = {2: (8, 1, 4608, 1)}
+# launches that read what others have decided are one kernel, whether they decide themselves or not: two take turns in the cache of
+# instructions
+ONE_KERNEL = True
+# what `ROUTED` says in `score.h`
+NOBODY, ITSELF, OTHERS = 0, 1, 2
 # tensors of a router but for its first matrix
 SMALL = ("weight_scale", "rms", "bias", "out", "out_bias")
 DTYPES = (torch.float16, torch.bfloat16)
@@ -48,8 +57,9 @@ def parameters(pieces: int) -> type[ctypes.Structure]:
     class Params(ctypes.Structure):
         _fields_ = [("members", Member * MEMBERS), ("routers", Routers)] \
             + [(n, address) for n in ("given", "x", "staged", "tau", "cap", "read")] \
-            + [(n, whole) for n in ("tokens", "columns", "column_tiles", "groups", "entries", "depths", "parts")] \
-            + [(n, whole) for n in ("before", "per")]  # fmt: skip
+            + [("weights", ctypes.c_double)] \
+            + [(n, whole) for n in ("tokens", "columns", "column_tiles", "row_tiles", "groups", "entries", "depths")] \
+            + [(n, whole) for n in ("parts", "deciders", "busy", "before", "per")]  # fmt: skip
 
     return Params
 
@@ -83,7 +93,8 @@ class Group:
         """What stays the same from launch to launch."""
         p, end = self.params, 0
         p.columns, p.column_tiles, p.groups = first.columns, first.pieces[0].shape[1], first.scale.shape[1]
-        p.depths = len(first.slices)
+        p.depths, p.row_tiles = len(first.slices), self.row_tiles
+        p.weights = float(sum(one.rows for one in self.members) * first.columns)
         for to, one, bias in zip(p.members, self.members, self.biases, strict=False):
             end += one.scale.shape[0]
             for i, piece in enumerate(one.pieces):
@@ -114,13 +125,24 @@ class Group:
         columns = -(-self.params.column_tiles // 2) * 2 * COLUMNS
         return 2 * tokens * (columns + 64) + columns // self.group_size * 4 * fours(tokens) * 8
 
+    def shape(self, tokens: int) -> tuple[int, int, int, int]:
+        """Warps of a block, blocks on a processor, bytes of a ring and buffers of sums for so many tokens."""
+        count = fours(tokens)
+        usual = *SHAPES[count], RING, 2
+        tried = [NARROW[count]] if count in NARROW else []
+        tried = [usual if self.routers or self.given else FIXED.get(count, usual), *tried]
+        return next((one for one in tried if self._memory(tokens, *one) <= self.limit), tried[0])
+
     def memory(self, tokens: int) -> int:
-        """Bytes of shared memory for so many tokens: tiles on their way, x in bytes, sums of warps, twice, depths, thresholds
-        and caps, and the router but for its first matrix."""
-        p, padded, (warps, _) = self.params, 4 * fours(tokens), SHAPES[fours(tokens)]
+        """Bytes of shared memory for so many tokens."""
+        return self._memory(tokens, *self.shape(tokens))
+
+    def _memory(self, tokens: int, warps: int, _: int, ring: int, buffers: int) -> int:
+        """Tiles on their way, x in bytes, sums of warps, depths, thresholds and caps, and the router but its first matrix."""
+        p, padded = self.params, 4 * fours(tokens)
         scoring = p.routers.hidden * (p.routers.scores + 3) + p.routers.scores
-        floats = 2 * warps * padded * 33 + padded + scoring
-        return warps * RING + self.staged(tokens) + floats * 4 + WANTED
+        floats = buffers * warps * padded * 33 + padded + scoring
+        return warps * ring + self.staged(tokens) + floats * 4 + WANTED
 
     def fits(self) -> int:
         """Tokens that one launch takes: 16, or fewer where shared memory does not hold x of so many, or 0."""
@@ -133,16 +155,11 @@ class Group:
 
     def kernel(self, dtype: torch.dtype, tokens: int, name: str = "few") -> compiler.Kernel:
         """The kernel for a dtype of activations and up to 4, 8 or 16 tokens, or the one before it, `bytes`."""
-        warps, per = SHAPES[fours(tokens)]
-        how = (
-            int(dtype == torch.bfloat16),
-            fours(tokens),
-            warps,
-            per,
-            RING,
-            0 if not self.routers or name != "few" else 1 + self.given,
-        )
-        more = zip(("BF16", "NT", "WARPS", "PER", "RING", "ROUTED"), how, strict=True)
+        routed = ITSELF if self.routers else NOBODY
+        if self.given:
+            routed = OTHERS if self.routers or ONE_KERNEL else NOBODY
+        how = int(dtype == torch.bfloat16), fours(tokens), *self.shape(tokens), routed if name == "few" else NOBODY
+        more = zip(("BF16", "NT", "WARPS", "PER", "RING", "BUFFERS", "ROUTED"), how, strict=True)
         return compiler.kernel(name, (*self.definitions, *more), self.device.index or 0)
 
     def __call__(
@@ -176,17 +193,28 @@ class Group:
 
     def _launch(self, dtype: torch.dtype, tokens: int) -> None:
         """Run the kernel with the parameters as they are."""
-        p, (warps, _) = self.params, SHAPES[fours(tokens)]
+        p, (warps, _, _, buffers) = self.params, self.shape(tokens)
         # one on each processor, those without rows too: some score, and what each does for the next launch is said in few.cu
         blocks = self.processors
-        # a warp scores one tile of columns; sums of all parts lie in shared memory where those of warps do
-        p.parts = max(1, min(blocks // max(p.routers.count, 1), -(-p.column_tiles // warps)))
-        p.parts = min(p.parts, max(1, 2 * 33 * warps // (p.routers.hidden + 1)))
+        self._share(blocks, warps, buffers)
         if p.staged:
             eights = tokens * -(-p.column_tiles // 4) * 32  # of each token, in whole warps
             self.kernel(dtype, tokens, "bytes").launch(-(-eights // (warps * LANES)), warps * LANES, p, overlap=True)
         self.kernel(dtype, tokens).launch(blocks, warps * LANES, p, self.memory(tokens), overlap=True)
 
+    def _share(self, blocks: int, warps: int, buffers: int) -> None:
+        """Which blocks score and decide."""
+        p = self.params
+        count = max(p.routers.count, 1)
+        # a warp scores one tile of columns at a time
+        most = -(-p.column_tiles // warps)
+        # where nobody waits for scores, only blocks with the fewest rows score, and others of those decide
+        lighter = blocks - self.row_tiles % blocks
+        p.parts = max(1, min(lighter // count - 1 if self.given else blocks // count, most))
+        # sums of all parts, and scores, lie in shared memory where those of warps do
+        p.parts = min(p.parts, max(1, (buffers * 33 * warps - 8) // (p.routers.hidden + 1)))
+        shares = p.parts * p.routers.count
+        p.deciders, p.busy = shares % blocks, min(blocks, shares + p.routers.count)
 
 def fours(tokens: int) -> int:
     """Fours of tokens that a kernel is compiled for: 1, 2 or 4."""

@@ -13,6 +13,10 @@ constexpr float STEPS = 32512;
 #ifndef RING
 #define RING 4608
 #endif
+// sums of the warps: two that take turns, or one and a barrier more for each 32 rows
+#ifndef BUFFERS
+#define BUFFERS 2
+#endif
 // turns of a block whose base slice is asked for before the router has decided
 constexpr int FIRST_ROWS = 4;
 
@@ -51,9 +55,11 @@ struct Params {
     const float *tau;      // [entries]
     const long long *cap;  // [entries]
     double *read;          // [entries, depths]: weights read at each depth
-    int tokens, columns, column_tiles, groups, entries, depths;
-    int parts;        // blocks that share out the columns for a router
-    int before, per;  // tokens of other launches before these, and tokens of an entry
+    double weights;        // of all members
+    int tokens, columns, column_tiles, row_tiles, groups, entries, depths;
+    int parts;           // blocks that share out the columns for a router
+    int deciders, busy;  // the block that decides for the first router, others follow; blocks that score or decide, from the first on
+    int before, per;     // tokens of other launches before these, and tokens of an entry
 };
 
 // which member a row tile is of; the row tile becomes that of the member
@@ -64,18 +70,12 @@ DEVICE const Member &member_of(const Params &p, int &row_tile) {
     return p.members[i];
 }
 
-DEVICE int row_tiles_of(const Params &p) {
-    int most = 0;
-    for (int i = 0; i < MEMBERS; i++) most = p.members[i].end > most ? p.members[i].end : most;
-    return most;
-}
-
 constexpr int ENTRIES = 16;
 
 // the entry of thresholds and caps that is a token's
 DEVICE int entry_of(const Params &p, int token) { return p.entries == 1 ? 0 : (p.before + token) / p.per; }
 
-// ---- shared memory: tiles on their way to each warp, x in bytes, scale and sum of x of each group, sums of the warps, twice,
+// ---- shared memory: tiles on their way to each warp, x in bytes, scale and sum of x of each group, sums of the warps, mostly twice,
 // depths of the tokens, thresholds and caps, and of the router all but its first matrix
 
 // thresholds and caps of all entries, depths of tokens, the number of the launch, and blocks that knew it before this one
@@ -107,7 +107,7 @@ DEVICE Shared carve(u8 *memory, const Params &p) {
     s.x = memory + WARPS * RING;
     s.groups = (Pair *)(s.x + 2 * p.tokens * x_stride(p));
     s.sums = (float *)(s.groups + panels_of(p) * (PANEL / GROUP) * TOKENS);
-    s.depth = (int *)(s.sums + 2 * SUMS);
+    s.depth = (int *)(s.sums + BUFFERS * SUMS);
     s.wanted = (Wanted *)(s.depth + TOKENS);
     s.rms = (float *)(s.wanted + 2);
     const int hidden = p.routers.hidden;

@@ -22,7 +22,7 @@ template <int first, int last> constexpr int places() { return RING / PlaceOf<fi
 // The tiles of a warp in their order: places warp, warp + WARPS, .. of rows row_tile, row_tile + blocks, .. below to.
 struct Cursor {
     int row_tile, to;
-    int column_tile = 0;
+    int column_tile = -1;     // -1: at the start of rows that are not entered yet
     int member = 0;           // of the rows
     u32 tile = 0;             // counted from the first of the member
     const u8 *more = nullptr; // 16 bytes of scales or zero points that are this lane's part of the place, if any
@@ -62,13 +62,14 @@ template <int first, int last> DEVICE void copy_next(u8 *to, const Params &p, Cu
     using Own = PlaceOf<first, last>;
     constexpr int step = WARPS * Own::TILES;
     static_assert(step * 64 % GROUP == 0, "a warp moves on by whole groups");
+    if (at.column_tile < 0) enter_rows<Own::TILES>(at, p, warp, lane);
     if (at.row_tile < at.to) {
         const int left = p.column_tiles - at.column_tile;
         copy_pieces<first, last, Own::TILES>(to, p.members[at.member], at.tile, left < Own::TILES ? left : Own::TILES, lane);
         if (lane < Own::GROUPS * 8 && lane % 8 < (first == 0 ? 6 : 4))
             copy_16(to + Own::SCALES_AT + lane / 8 * (SCALES + ZEROS) + lane % 8 * 16, at.more);
         at.tile += step, at.column_tile += step, at.more += step * 64 / GROUP * (is_zero_point(lane) ? ZEROS : SCALES);
-        if (at.column_tile >= p.column_tiles) at.row_tile += gridDim.x, enter_rows<Own::TILES>(at, p, warp, lane);
+        if (at.column_tile >= p.column_tiles) at.row_tile += gridDim.x, at.column_tile = -1;
     }
     copies_end();
 }
@@ -76,7 +77,6 @@ template <int first, int last> DEVICE void copy_next(u8 *to, const Params &p, Cu
 // fill all places but one from the start of the cursor's rows
 template <int first, int last> DEVICE void fill(u8 *ring, const Params &p, Cursor &at, int warp, int lane) {
     using Own = PlaceOf<first, last>;
-    enter_rows<Own::TILES>(at, p, warp, lane);
     warp_sync();  // what lay there has been read by all lanes
 #pragma unroll 1
     for (int i = 0; i < places<first, last>() - 1; i++) copy_next<first, last>(ring + i * Own::BYTES, p, at, warp, lane);
@@ -86,18 +86,22 @@ template <int first> DEVICE void fill_to(int deepest, u8 *ring, const Params &p,
     at_depth<first>(deepest, [&](auto last) { fill<first, last.number>(ring, p, at, warp, lane); });
 }
 
-// a lane's words of all pieces of one of a place's tiles
+// a lane's words of one piece of one of a place's tiles
+template <int first, int piece, int tiles> DEVICE void take_piece(u32 *to, const u8 *place, int tile, int lane) {
+    const u8 *own = place + tiles * codes_bytes<first, piece>() + (tile * 32 + lane) * (8 * WIDTH[piece]);
+    if constexpr (WIDTH[piece] == 2) {
+        const Four got = *(const Four *)own;
+        to[0] = got.x, to[1] = got.y, to[2] = got.z, to[3] = got.w;
+    } else {
+        const Two got = *(const Two *)own;
+        to[0] = got.x, to[1] = got.y;
+    }
+}
+
+// of all pieces
 template <int first, int last, int tiles, int piece = first> DEVICE void take_words(u32 *words, const u8 *place, int tile, int lane) {
     if constexpr (piece < last) {
-        u32 *to = words + (words_before(piece) - words_before(first));
-        const u8 *own = place + tiles * codes_bytes<first, piece>() + (tile * 32 + lane) * (8 * WIDTH[piece]);
-        if constexpr (WIDTH[piece] == 2) {
-            const Four got = *(const Four *)own;
-            to[0] = got.x, to[1] = got.y, to[2] = got.z, to[3] = got.w;
-        } else {
-            const Two got = *(const Two *)own;
-            to[0] = got.x, to[1] = got.y;
-        }
+        take_piece<first, piece, tiles>(words + (words_before(piece) - words_before(first)), place, tile, lane);
         take_words<first, last, tiles, piece + 1>(words, place, tile, lane);
     }
 }
