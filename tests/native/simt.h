@@ -167,6 +167,7 @@ inline void __syncthreads() {
 inline void __threadfence() { simt::yield(); }
 inline void pause() { simt::yield(); }
 inline void linger() {}
+inline u32 thread_anew() { return threadIdx.x; }
 inline u32 count_up(u32 *at, bool wanted) { return wanted ? (*at)++ : 0; }
 template <class T, class V> inline T atomicAdd(T *to, V by) {
     const T before = *to;

@@ -99,6 +99,14 @@ DEVICE u32 count_up(u32 *at, bool wanted) {
 
 DEVICE void pause() { __nanosleep(20); }
 
+// The number of this thread, as if nothing were known of it: what follows from it is worked out where it is used, before a loop rather
+// than once for all the kernel, where it would live too long for a register and be worked out again in each turn.
+DEVICE u32 thread_anew() {
+    u32 thread = threadIdx.x;
+    asm volatile("" : "+r"(thread));
+    return thread;
+}
+
 // about two microseconds
 DEVICE void linger() { __nanosleep(2000); }
 

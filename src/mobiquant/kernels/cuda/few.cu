@@ -161,7 +161,9 @@ template <int first, int last, bool apart>
 DEVICE void sweep(const Params &p, const Shared &s, Cursor &ahead, int turn, bool keep, const Tokens &t, Rows &y) {
     using Own = PlaceOf<first, last>;
     constexpr int bytes = Own::BYTES, end = places<first, last>() * bytes;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    // the kernel with four kinds of sweeps has no register for it
+    const u32 thread = ROUTED == ITSELF ? threadIdx.x : thread_anew();
+    const int warp = thread / 32, lane = thread % 32;
     u8 *ring = s.ring + warp * RING;
     int place = 0;
     for (; rows_of_turn(turn) < ahead.to; turn++) {
@@ -317,7 +319,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER) few(const __grid_cons
         routed = routed_now;
         if (!look) let_next_begin();
     }
-    if (routed && is_busy(p)) know_number(p, s), score(p, s);
+    if (routed && is_busy(p)) {
+        know_number_and_score(p, s);
+        // looked up once more rather than kept in registers meanwhile
+        if (!open) deepest = look_up(p, s.wanted[1].depth, t, lane);
+    }
     if (!open && own == 0 && threadIdx.x < p.tokens) count(p, threadIdx.x, s.wanted[1].depth[threadIdx.x]);
     // a processor without rows would be given two blocks of the next launch, and would be the last to end
     if (own >= tiles && !open) linger();

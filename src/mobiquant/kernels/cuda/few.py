@@ -26,8 +26,8 @@ RING = 4608
 FIXED = {2: (8, 2, 6912, 2)}
 # the same where shared memory does not hold that: x of more columns is worth more than warps
 NARROW = {2: (8, 1, 4608, 1)}
-# launches that read what others have decided are one kernel, whether they decide themselves or not: two take turns in the cache of
-# instructions
+# launches whose depths were decided before are one kernel, whether they have routers or not: two would take turns in the cache
+# of instructions
 ONE_KERNEL = True
 # what `ROUTED` says in `score.h`
 NOBODY, ITSELF, OTHERS = 0, 1, 2
@@ -215,6 +215,7 @@ class Group:
         p.parts = min(p.parts, max(1, (buffers * 33 * warps - 8) // (p.routers.hidden + 1)))
         shares = p.parts * p.routers.count
         p.deciders, p.busy = shares % blocks, min(blocks, shares + p.routers.count)
+
 
 def fours(tokens: int) -> int:
     """Fours of tokens that a kernel is compiled for: 1, 2 or 4."""

@@ -22,7 +22,7 @@ template <int first, int last> constexpr int places() { return RING / PlaceOf<fi
 // The tiles of a warp in their order: places warp, warp + WARPS, .. of rows row_tile, row_tile + blocks, .. below to.
 struct Cursor {
     int row_tile, to;
-    int column_tile = -1;     // -1: at the start of rows that are not entered yet
+    int column_tile = 0;
     int member = 0;           // of the rows
     u32 tile = 0;             // counted from the first of the member
     const u8 *more = nullptr; // 16 bytes of scales or zero points that are this lane's part of the place, if any
@@ -57,29 +57,37 @@ template <int first, int last, int tiles, int piece = first> DEVICE void copy_pi
     }
 }
 
-// start the copies of the cursor's place, if there is one, and move on; counts as a group of copies in any case
-template <int first, int last> DEVICE void copy_next(u8 *to, const Params &p, Cursor &at, int warp, int lane) {
+// start the copies of the cursor's place, if there is one, and move on, to other rows by `enter`; counts as a group of copies in any case
+template <int first, int last, class Enter> DEVICE void copy_place(u8 *to, const Params &p, Cursor &at, int lane, Enter enter) {
     using Own = PlaceOf<first, last>;
     constexpr int step = WARPS * Own::TILES;
     static_assert(step * 64 % GROUP == 0, "a warp moves on by whole groups");
-    if (at.column_tile < 0) enter_rows<Own::TILES>(at, p, warp, lane);
     if (at.row_tile < at.to) {
         const int left = p.column_tiles - at.column_tile;
         copy_pieces<first, last, Own::TILES>(to, p.members[at.member], at.tile, left < Own::TILES ? left : Own::TILES, lane);
         if (lane < Own::GROUPS * 8 && lane % 8 < (first == 0 ? 6 : 4))
             copy_16(to + Own::SCALES_AT + lane / 8 * (SCALES + ZEROS) + lane % 8 * 16, at.more);
         at.tile += step, at.column_tile += step, at.more += step * 64 / GROUP * (is_zero_point(lane) ? ZEROS : SCALES);
-        if (at.column_tile >= p.column_tiles) at.row_tile += gridDim.x, at.column_tile = -1;
+        if (at.column_tile >= p.column_tiles) at.row_tile += gridDim.x, enter();
     }
     copies_end();
+}
+
+template <int first, int last> DEVICE void copy_next(u8 *to, const Params &p, Cursor &at, int warp, int lane) {
+    copy_place<first, last>(to, p, at, lane, [&] { enter_rows<PlaceOf<first, last>::TILES>(at, p, warp, lane); });
 }
 
 // fill all places but one from the start of the cursor's rows
 template <int first, int last> DEVICE void fill(u8 *ring, const Params &p, Cursor &at, int warp, int lane) {
     using Own = PlaceOf<first, last>;
     warp_sync();  // what lay there has been read by all lanes
+    bool enters = true;
 #pragma unroll 1
-    for (int i = 0; i < places<first, last>() - 1; i++) copy_next<first, last>(ring + i * Own::BYTES, p, at, warp, lane);
+    for (int i = 0; i < places<first, last>(); i++) {
+        if (enters) enter_rows<Own::TILES>(at, p, warp, lane);
+        enters = false;
+        if (i + 1 < places<first, last>()) copy_place<first, last>(ring + i * Own::BYTES, p, at, lane, [&] { enters = true; });
+    }
 }
 
 template <int first> DEVICE void fill_to(int deepest, u8 *ring, const Params &p, Cursor &at, int warp, int lane) {

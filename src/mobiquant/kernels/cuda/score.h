@@ -253,8 +253,10 @@ DEVICE void score(const Params &p, const Shared &s) {
 }
 
 // How launches are numbered: the last block to know the number sets the next one, which nobody reads before this launch has ended.
-DEVICE void know_number(const Params &p, const Shared &s) {
+// The answer to who came before is not waited for until the scores are done.
+DEVICE void know_number_and_score(const Params &p, const Shared &s) {
     const u32 before = count_up(p.routers.state + 1, threadIdx.x == 0);
+    score(p, s);
     if (threadIdx.x == 0) s.wanted[1].before = before;
 }
 DEVICE void number_next(const Params &p, const Shared &s) {
