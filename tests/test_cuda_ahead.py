@@ -113,7 +113,7 @@ def test_one_buffer_of_sums_where_two_do_not_fit(given, device, monkeypatch):
     decided = case.group.depths.clone()
     assert case.group.shape(8)[3] == 2
     case.group.limit = case.group.memory(8) - 1
-    assert case.group.shape(8)[3] == 1 and case.group.memory(8) <= case.group.limit and case.group.fits() == 8
+    assert case.group.shape(8)[3] == 1 and case.group.memory(8) <= case.group.limit and case.group.fits() >= 8
     made, again = case.call(x, [tau], [5], depths)
     assert all(torch.equal(a, b) for a, b in zip(made, wanted, strict=True))
     assert torch.equal(counted, again) and torch.equal(decided, case.group.depths)

@@ -14,7 +14,7 @@ from mobiquant.kernels.cuda import compiler
 
 # elements of a head that the kernels are for, and columns of a norm
 HEADS, MOST_COLUMNS, MOST_SHARE = (64, 128, 192, 256), 8192, 16
-NORM_WARPS, GATE_THREADS, ROTATE_WARPS, CHUNK = 16, 256, 4, 64
+NORM_WARPS, GATE_THREADS, ATTEND_WARPS, CHUNK = 16, 256, 4, 64
 
 
 def _structure(addresses: Sequence[str], wholes: Sequence[str], floats: Sequence[str]) -> type[ctypes.Structure]:
@@ -25,13 +25,11 @@ def _structure(addresses: Sequence[str], wholes: Sequence[str], floats: Sequence
 
 _Norm = _structure(("hidden", "more", "weight", "out"), ("columns",), ("epsilon",))
 _Gate = _structure(("gate", "up", "out"), ("count",), ())
-_Rotate = _structure(
-    ("query", "key", "value", "keys", "values", "cosine", "sine", "query_norm", "key_norm", "position"),
-    ("sequences", "heads", "key_heads", "positions"), ("epsilon",),
-)  # fmt: skip
 _Attend = _structure(
-    ("query", "keys", "values", "out", "position", "partial", "arrived"), ("key_heads", "positions", "chunks"), ("scale",)
-)
+    ("query", "key", "value", "keys", "values", "out", "cosine", "sine", "query_norm", "key_norm", "position", "partial",
+     "arrived"),
+    ("key_heads", "positions", "chunks"), ("scale", "epsilon"),
+)  # fmt: skip
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -80,16 +78,15 @@ class Attention:
         self, query: Float[Tensor, "B Q"], key: Float[Tensor, "B V"], value: Float[Tensor, "B V"],
         cosine: Float32[Tensor, "P H"], sine: Float32[Tensor, "P H"], position: Int32[Tensor, " B"],
     ) -> Float[Tensor, "B Q"]:  # fmt: skip
-        """Attention of the tokens at `position`, whose keys and values are added; `query` is changed in place."""
+        """Attention of the tokens at `position`, whose keys and values are added to the cache."""
         query_norm, key_norm, epsilon = self.norms or (None, None, 0.0)
-        tensors = query, key, value, self.keys, self.values, cosine, sine, query_norm, key_norm, position
-        p = _Rotate(*map(_address, tensors), query.shape[0], self.heads, self.key_heads, self.keys.shape[2], epsilon)
-        units = query.shape[0] * (self.heads + 2 * self.key_heads)
-        _kernel("rotate", query, HEAD=self.head).launch(-(-units // ROTATE_WARPS), ROTATE_WARPS * 32, p, overlap=True)
         out = torch.empty_like(query)
-        tensors = query, self.keys, self.values, out, position, self.partial, self.arrived
-        p = _Attend(*map(_address, tensors), self.key_heads, self.keys.shape[2], self.chunks, self.scale)
-        blocks, threads = query.shape[0] * self.key_heads * self.chunks, max(64, self.head)
-        memory = self.share * (self.head + CHUNK) * 4
-        _kernel("attend", query, HEAD=self.head, SHARE=self.share).launch(blocks, threads, p, memory, overlap=True)
+        tensors = query, key, value, self.keys, self.values, out, cosine, sine, query_norm, key_norm
+        addresses = map(_address, (*tensors, position, self.partial, self.arrived))
+        p = _Attend(*addresses, self.key_heads, self.keys.shape[2], self.chunks, self.scale, epsilon)
+        # queries, weights, sums of warps, key and value of the new token
+        memory = 4 * (self.share * (self.head * (1 + ATTEND_WARPS) + CHUNK) + self.head)
+        blocks = query.shape[0] * self.key_heads * self.chunks
+        kernel = _kernel("attend", query, HEAD=self.head, SHARE=self.share)
+        kernel.launch(blocks, ATTEND_WARPS * 32, p, memory, overlap=True)
         return out

@@ -26,9 +26,6 @@ RING = 4608
 FIXED = {2: (8, 2, 6912, 2)}
 # the same where shared memory does not hold that: x of more columns is worth more than warps
 NARROW = {2: (8, 1, 4608, 1)}
-# launches whose depths were decided before are one kernel, whether they have routers or not: two would take turns in the cache
-# of instructions
-ONE_KERNEL = True
 # what `ROUTED` says in `score.h`
 NOBODY, ITSELF, OTHERS = 0, 1, 2
 # tensors of a router but for its first matrix
@@ -155,9 +152,9 @@ class Group:
 
     def kernel(self, dtype: torch.dtype, tokens: int, name: str = "few") -> compiler.Kernel:
         """The kernel for a dtype of activations and up to 4, 8 or 16 tokens, or the one before it, `bytes`."""
-        routed = ITSELF if self.routers else NOBODY
-        if self.given:
-            routed = OTHERS if self.routers or ONE_KERNEL else NOBODY
+        # launches whose depths were decided before are one kernel, whether they have routers or not: two would take turns in the
+        # cache of instructions
+        routed = OTHERS if self.given else ITSELF if self.routers else NOBODY
         how = int(dtype == torch.bfloat16), fours(tokens), *self.shape(tokens), routed if name == "few" else NOBODY
         more = zip(("BF16", "NT", "WARPS", "PER", "RING", "BUFFERS", "ROUTED"), how, strict=True)
         return compiler.kernel(name, (*self.definitions, *more), self.device.index or 0)
