@@ -1,8 +1,8 @@
 // Attention of one new token of each sequence over the cache, which takes up its key and value first; the queries that share keys
 // together.
 //
-// A block takes CHUNK positions of one key head. Its keys and values are on their way while each warp gives a query its position:
-// first the norm of the head where the family has one (Qwen3), then x cos + (-upper, lower) sin over the halves of the head. LANES
+// A block takes CHUNK positions of one key head. What is in the cache is fetched while the launch before still runs, which writes
+// neither that nor the position of the token. Then each warp gives a query its position: first the norm of the head where the family has one (Qwen3), then x cos + (-upper, lower) sin over the halves of the head. LANES
 // lanes hold a row of the cache, eight elements each, and score it for all queries; the same lanes weigh the rows of the values. The
 // block that is last to arrive for its head joins the chunks, in their order.
 //
@@ -94,9 +94,8 @@ DEVICE void rotate(Halves &x, const Halves &turn) {
 }
 
 // queries of a key head to shared memory; where the new token is in this chunk, its key and value there and to the cache
-DEVICE void take_new(const Params &p, const Shared &s, u64 group, int position, bool here) {
+DEVICE void take_new(const Params &p, const Shared &s, const Halves &turn, u64 group, int position, bool here) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const Halves turn = angles_of(p, position, lane);
     // two units more for key and value
     for (int unit = warp; unit < SHARE + (here ? 2 : 0); unit += WARPS) {
         const bool is_query = unit < SHARE, is_key = unit == SHARE;
@@ -209,39 +208,27 @@ DEVICE void add_values(const Shared &s, const Four (&values)[TURNS], float *to) 
 
 // ---- all chunks
 
-// the chunks of a head in their order; `factors` is [SHARE, 2] of shared memory
-DEVICE void join(const Params &p, float *factors, u64 group, int used) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+// the chunks of a head in their order, each sum brought to the largest score so far
+DEVICE void join(const Params &p, u64 group, int used) {
     constexpr int next = SHARE * (HEAD + 2);
-    const float *from = p.partial + group * p.chunks * next, *pairs = from + SHARE * HEAD;
-    for (int q = warp; q < SHARE; q += WARPS) {
-        float most = __uint_as_float(0xff800000u), total = 0;
-        for (int c = lane; c < used; c += 32) most = fmaxf(most, load_fresh(pairs + (u64)c * next + 2 * q));
-#pragma unroll
-        for (int by = 1; by < 32; by *= 2) most = fmaxf(most, shuffle_xor(most, by));
-        for (int c = lane; c < used; c += 32) {
-            const float *pair = pairs + (u64)c * next + 2 * q;
-            total = fmaf(expf(load_fresh(pair) - most), load_fresh(pair + 1), total);
-        }
-#pragma unroll
-        for (int by = 1; by < 32; by *= 2) total += shuffle_xor(total, by);
-        if (lane == 0) factors[2 * q] = most, factors[2 * q + 1] = total;
-    }
-    __syncthreads();
+    const float *from = p.partial + group * p.chunks * next;
     for (int i = threadIdx.x; i < SHARE * HEAD; i += THREADS) {
-        const int q = i / HEAD;
-        const float most = factors[2 * q];
-        float sum = 0;
+        const float *pair = from + SHARE * HEAD + 2 * (i / HEAD);
+        float most = __uint_as_float(0xff800000u), total = 0, sum = 0;
 #pragma unroll 8
-        for (int c = 0; c < used; c++)
-            sum = fmaf(expf(load_fresh(pairs + (u64)c * next + 2 * q) - most), load_fresh(from + (u64)c * next + i), sum);
-        p.out[group * SHARE * HEAD + i] = narrow(sum / factors[2 * q + 1]);
+        for (int c = 0; c < used; c++) {
+            const float high = load_fresh(pair + (u64)c * next), weights = load_fresh(pair + (u64)c * next + 1);
+            const float value = load_fresh(from + (u64)c * next + i), now = fmaxf(most, high);
+            const float old = expf(most - now), own = expf(high - now);
+            total = fmaf(own, weights, old * total);
+            sum = fmaf(own, value, old * sum);
+            most = now;
+        }
+        p.out[group * SHARE * HEAD + i] = narrow(sum / total);
     }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) attend(const __grid_constant__ Params p) {
-    let_next_begin();
-    wait_for_last();
     SHARED_BYTES(memory);
     SHARED_INT(said);
     const Shared s = carve(memory);
@@ -254,7 +241,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(const __grid_consta
     Four keys[TURNS], values[TURNS];
     fetch(keys, p.keys + place, before);
     fetch(values, p.values + place, before);
-    take_new(p, s, group, position, before < CHUNK);
+    const Halves turn = angles_of(p, position, threadIdx.x % 32);
+    wait_for_last();
+    // not before: blocks of the next launch would be where there is room beside these, two on one processor
+    let_next_begin();
+    take_new(p, s, turn, group, position, before < CHUNK);
     __syncthreads();
     if (before < CHUNK) {
         put_new(keys, s.fresh, before);
@@ -273,5 +264,5 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(const __grid_consta
     if (said != used - 1) return;
     __threadfence();
     if (threadIdx.x == 0) p.arrived[group] = 0;
-    join(p, s.weights, group, used);
+    join(p, group, used);
 }

@@ -78,7 +78,10 @@ class Attention:
         self, query: Float[Tensor, "B Q"], key: Float[Tensor, "B V"], value: Float[Tensor, "B V"],
         cosine: Float32[Tensor, "P H"], sine: Float32[Tensor, "P H"], position: Int32[Tensor, " B"],
     ) -> Float[Tensor, "B Q"]:  # fmt: skip
-        """Attention of the tokens at `position`, whose keys and values are added to the cache."""
+        """Attention of the tokens at `position`, whose keys and values are added to the cache.
+
+        Position and cache are read early: the launch before this one must not write them.
+        """
         query_norm, key_norm, epsilon = self.norms or (None, None, 0.0)
         out = torch.empty_like(query)
         tensors = query, key, value, self.keys, self.values, out, cosine, sine, query_norm, key_norm

@@ -13,8 +13,8 @@ struct Params {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS) gate(const __grid_constant__ Params p) {
-    let_next_begin();
     wait_for_last();
+    let_next_begin();  // as in sum_norm.cu
     const int at = blockIdx.x * THREADS + threadIdx.x;
     if (at >= p.count) return;
     const float v = wide(p.gate[at]);

@@ -46,8 +46,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) sum_norm(const __grid_cons
         const int column = (threadIdx.x + t * THREADS) * 8;
         weight[t] = column < p.columns ? *(const Four *)(p.weight + column) : none;
     }
-    let_next_begin();
     wait_for_last();
+    // not before: a block of the next launch has no room beside this one and one of the launch before, and would go where another is
+    let_next_begin();
 #pragma unroll
     for (int t = 0; t < TURNS; t++) {
         const int column = (threadIdx.x + t * THREADS) * 8;
