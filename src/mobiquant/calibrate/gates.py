@@ -28,15 +28,11 @@ from mobiquant.linear import MobiLinear, mobilinears
 
 @dataclass
 class Step:
-    """What all layers share while one batch passes: thresholds and caps of its sequences, and what was read so far.
-
-    `text` is the share of the gradient of each sequence that is the text's own; none where it is not given.
-    """
+    """What all layers share while one batch passes: thresholds and caps of its sequences, and what was read so far."""
 
     tau: Float[Tensor, " S"]
     cap: Int[Tensor, " S"]
     temperature: float | Float[Tensor, ""]
-    text: Float[Tensor, " S"] | None = None
     # bits times weights of each layer, and how much more they would be were the threshold lower by one
     read: list[Float[Tensor, " S"]] = field(default_factory=list)
     slope: list[Float[Tensor, " S"]] = field(default_factory=list)
@@ -156,19 +152,24 @@ class Routed:
         for gate in self.gates.values():
             gate.begin(step)
 
-    def losses(self, tokens: Int[Tensor, "S L"], step: Step) -> tuple[Float[Tensor, " S"], Float[Tensor, " S"], Tensor]:
-        """Divergence of each sequence in nats a token, bits read by each (differentiable), and their slope by the threshold."""
+    def losses(
+        self, tokens: Int[Tensor, "S L"], step: Step, text: float = 0.0
+    ) -> tuple[Float[Tensor, " S"], Float[Tensor, " S"], Tensor]:
+        """Divergence of each sequence in nats a token, bits read by each (differentiable), and their slope by the threshold.
+
+        `text` is the share of the gradient of a divergence that is that of the text itself, `-log p(next token)`.
+        """
         self.begin(step)
         with torch.no_grad(), lower(tokens.device):
             wanted = self.pair.teacher(tokens, use_cache=False).logits.flatten(0, 1)
         with lower(tokens.device):
             logits = self.pair.student(tokens, use_cache=False).logits.flatten(0, 1)
         each = divergence(logits, wanted).view(tokens.shape).mean(1)
-        if step.text is not None:
+        if text:
             predicted = logits.view(*tokens.shape, -1)[:, :-1].flatten(0, 1).float()
             nll = cross_entropy(predicted, tokens[:, 1:].flatten(), reduction="none").view(len(tokens), -1).mean(1)
             # the value of the divergence, of whose gradient a part is that of the text
-            each = each + step.text * (nll - nll.detach() - each + each.detach())
+            each = each + text * (nll - nll.detach() - each + each.detach())
         return each, self.base + sum(step.read) / self.size, -sum(step.slope) / self.size  # type: ignore[return-value]
 
 

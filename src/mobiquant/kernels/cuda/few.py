@@ -152,8 +152,8 @@ class Group:
 
     def kernel(self, dtype: torch.dtype, tokens: int, name: str = "few") -> compiler.Kernel:
         """The kernel for a dtype of activations and up to 4, 8 or 16 tokens, or the one before it, `bytes`."""
-        # launches whose depths were decided before are one kernel, whether they have routers or not: two would take turns in the
-        # cache of instructions
+        # launches whose depths were decided before are one kernel, with routers or without: two would take turns in the cache
+        # of instructions
         routed = OTHERS if self.given else ITSELF if self.routers else NOBODY
         how = int(dtype == torch.bfloat16), fours(tokens), *self.shape(tokens), routed if name == "few" else NOBODY
         more = zip(("BF16", "NT", "WARPS", "PER", "RING", "BUFFERS", "ROUTED"), how, strict=True)
