@@ -1,10 +1,5 @@
 """Settings of all tests: examples of property tests are few, always the same, and never timed."""
 
-import os
-
-# checks of annotations cannot be traced: what is compiled is tested in processes of their own (`helpers.unchecked`)
-os.environ["TORCHDYNAMO_DISABLE"] = "1"
-
 import pytest
 import torch
 from beartype import BeartypeConf, beartype
@@ -25,6 +20,12 @@ checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 # tensors here are small: on a busy machine threads that wait for each other make the tests ten times slower
 torch.set_num_threads(1)
+
+# blocks are compiled on a GPU, but checks of annotations cannot be traced: processes of their own test that (`helpers.unchecked`)
+if torch.cuda.is_available():
+    import torch._dynamo.config
+
+    torch._dynamo.config.disable = True
 
 # files that take longest, begun first: with files spread over processes, one of them last would be waited for alone
 LONGEST = ("test_real_model", "test_full", "test_quality", "test_routing")

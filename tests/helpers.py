@@ -140,7 +140,7 @@ def unchecked(code, **more):
     """What Python says to `code` without checks of annotations, the folder of the tests at hand; `more` of the environment."""
     here = Path(__file__).parent
     path = os.pathsep.join([f"{here.parent / 'src'}", f"{here}", os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "TORCHDYNAMO_DISABLE": "0", "PYTHONPATH": path, **more}
+    env = {**os.environ, "PYTHONPATH": path, **more}
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
 
 
