@@ -21,7 +21,7 @@ checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
 # tensors here are small: on a busy machine threads that wait for each other make the tests ten times slower
 torch.set_num_threads(1)
 
-# blocks are compiled on a GPU, but checks of annotations cannot be traced: processes of their own test that (`helpers.unchecked`)
+# blocks are compiled on a GPU, and checks of annotations cannot be traced: processes of their own test that (`unchecked`)
 if torch.cuda.is_available():
     import torch._dynamo.config
 
