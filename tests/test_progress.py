@@ -29,6 +29,15 @@ def test_lines_tell_the_time_that_is_left_since_the_first_report():
     assert [left(seconds) for seconds in (0.4, 1, 119, 121)] == ["", "1 s left", "119 s left", "2 min left"]
 
 
+def test_what_passes_before_the_first_step_is_no_step():
+    stream, now = io.StringIO(), [0.0]
+    with bars(Console(file=stream, width=80), lines=True, clock=lambda: now[0]) as report:
+        for seconds, done in ((0, 0), (500, 1), (510, 2)):
+            now[0] = float(seconds)
+            report("work", done, 10, "" if done else "compiling")
+    assert stream.getvalue().splitlines() == ["work: 1/10", "work: 2/10 (80 s left)"]
+
+
 def test_nothing_is_written_unasked():
     assert not lines()
 
