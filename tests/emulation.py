@@ -76,9 +76,9 @@ def emulate(monkeypatch, seed=0):
     monkeypatch.setattr(few, "processors", lambda _: 4)
     monkeypatch.setattr(few, "shared_memory", lambda _: 227 << 10)
     monkeypatch.setattr(many, "has_warpgroups", lambda _: True)
-    monkeypatch.setattr(few, "SHAPES", dict.fromkeys(few.SHAPES, (4, 1)))
+    monkeypatch.setattr(few, "SHAPES", dict.fromkeys(few.SHAPES, few.Shape(4, 1)))
     for name in ("FIXED", "NARROW"):
-        monkeypatch.setattr(few, name, {count: (4, *one[1:]) for count, one in getattr(few, name).items()})
+        monkeypatch.setattr(few, name, {count: one._replace(warps=4) for count, one in getattr(few, name).items()})
     monkeypatch.setattr(Emulated, "seed", seed % 2**31)
     allowed = lambda x: x.dtype in few.DTYPES and not matmul.is_exact()  # noqa: E731
     monkeypatch.setattr(matmul, "gpu", allowed)

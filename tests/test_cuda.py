@@ -185,7 +185,7 @@ def test_precision_that_changes_while_a_launch_begins_is_the_new_one(early, late
 @pytest.mark.parametrize("device", DEVICES)
 def test_tokens_that_shared_memory_does_not_hold_take_several_launches(device, monkeypatch):
     # as many warps for few tokens as for more, so that more tokens take more memory and sums have one order
-    monkeypatch.setattr(few, "SHAPES", dict.fromkeys(few.SHAPES, (4, 1)))
+    monkeypatch.setattr(few, "SHAPES", dict.fromkeys(few.SHAPES, few.Shape(4, 1)))
     case = Case((64, 40), 192, (2, 1, 1, 2, 2), 64, device)
     x = case.x(10, torch.float16)
     tau, cap = [SHUT, -0.2, 0.1, SHUT, 0.3], [1, 5, 5, 4, 3]
@@ -198,7 +198,7 @@ def test_tokens_that_shared_memory_does_not_hold_take_several_launches(device, m
         assert torch.equal(y, other)
     assert torch.equal(counted, again) and torch.equal(case.group.depths, depth)
     # where few tokens take more memory than many, by their warps, none are taken that would not fit
-    monkeypatch.setattr(few, "SHAPES", {1: (8, 1), 2: (4, 1), 4: (4, 1)})
+    monkeypatch.setattr(few, "SHAPES", {1: few.Shape(8, 1), 2: few.Shape(4, 1), 4: few.Shape(4, 1)})
     case.group.limit = case.group.memory(16)
     assert case.group.memory(4) > case.group.limit and case.group.fits() == 0
     with pytest.raises(ValueError, match="a call takes 0"):

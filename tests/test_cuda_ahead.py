@@ -105,15 +105,15 @@ def test_chunks_of_a_call_have_their_own_tokens(device):
 def test_one_buffer_of_sums_where_two_do_not_fit(given, device, monkeypatch):
     case = Ahead(device, rows=(64, 200, 96), given=given)
     # as many warps, so that sums have one order
-    monkeypatch.setattr(few, "NARROW", {2: (*few.SHAPES[2], few.RING, 1)})
+    monkeypatch.setattr(few, "NARROW", {2: few.SHAPES[2]._replace(buffers=1)})
     x = case.x(7, torch.bfloat16)
     tau = between(torch.cat([router.scores(x, one) for one in case.routers]))
     depths = torch.tensor([1, 4, 2, 3, 5, 2, 1], device=x.device, dtype=torch.int32) if given else None
     wanted, counted = case.call(x, [tau], [5], depths)
     decided = case.group.depths.clone()
-    assert case.group.shape(8)[3] == 2
+    assert case.group.shape(8).buffers == 2
     case.group.limit = case.group.memory(8) - 1
-    assert case.group.shape(8)[3] == 1 and case.group.memory(8) <= case.group.limit and case.group.fits() >= 8
+    assert case.group.shape(8).buffers == 1 and case.group.memory(8) <= case.group.limit and case.group.fits() >= 8
     made, again = case.call(x, [tau], [5], depths)
     assert all(torch.equal(a, b) for a, b in zip(made, wanted, strict=True))
     assert torch.equal(counted, again) and torch.equal(decided, case.group.depths)
@@ -125,23 +125,23 @@ def test_blocks_with_the_fewest_rows_score_and_others_of_them_decide():
     p = case.group.params
     # query, key and value of 4096 columns: 12 of 132 blocks have two row tiles, the others three
     case.group.row_tiles, p.column_tiles = 384, 64
-    case.group._share(132, 16, 2)
+    case.group._share(132, few.Shape(16, 2))
     assert (p.parts, p.deciders, p.busy) == (2, 8, 12)
     # as many rows for all: as many parts as there are warps for
     case.group.row_tiles = 396
-    case.group._share(132, 16, 2)
+    case.group._share(132, few.Shape(16, 2))
     assert (p.parts, p.deciders, p.busy) == (4, 16, 20)
     # fewer blocks than routers
-    case.group._share(3, 16, 2)
+    case.group._share(3, few.Shape(16, 2))
     assert (p.parts, p.deciders, p.busy) == (1, 1, 3)
 
 
 @needs_compiler
 def test_launches_without_routers_take_shapes_of_their_own(monkeypatch):
-    monkeypatch.setattr(few, "FIXED", {2: (8, 2, 6912, 2)})
+    monkeypatch.setattr(few, "FIXED", {2: few.Shape(8, 2, ring=6912)})
     case = Ahead("cpu", count=0)
-    assert case.group.shape(8) == (8, 2, 6912, 2) and case.group.shape(1) == (*few.SHAPES[1], few.RING, 2)
-    assert Ahead("cpu", count=0, given=True).group.shape(8) == (*few.SHAPES[2], few.RING, 2)
+    assert case.group.shape(8) == few.FIXED[2] and case.group.shape(1) == few.SHAPES[1]
+    assert Ahead("cpu", count=0, given=True).group.shape(8) == few.SHAPES[2]
 
 
 # what a launch sees when it begins, and what the launch before it writes

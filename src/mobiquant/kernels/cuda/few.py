@@ -7,6 +7,7 @@ are handed over, so a captured CUDA graph follows when they are changed in place
 import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Float32, Float64, Int32, Int64
@@ -18,14 +19,24 @@ from mobiquant.kernels.cuda.tiles import COLUMNS, LANES, RouterTiles, Tiles, def
 MEMBERS, ROUTERS, MOST = 4, 8, 16
 # bytes of `Wanted` in `launch.h`, twice
 WANTED = 2 * (12 * MOST + 16)
-# warps of a block by fours of tokens, and blocks for which a processor has registers: the next launch begins beside this one
-SHAPES = {1: (16, 2), 2: (16, 1), 4: (8, 1)}
-# bytes of tiles on their way to a warp: two tiles of eight bits at least
-RING = 4608
-# where routers neither score nor have decided, depths seldom differ: (warps, blocks, ring, buffers of sums)
-FIXED = {2: (8, 2, 6912, 2)}
-# the same where shared memory does not hold that: x of more columns is worth more than warps
-NARROW = {2: (8, 1, 4608, 1)}
+
+
+class Shape(NamedTuple):
+    """Warps of a block, blocks for which a processor has registers (the next launch begins beside this one), bytes of tiles on
+    their way to a warp (two of eight bits at least), and buffers of sums."""
+
+    warps: int
+    blocks: int
+    ring: int = 4608
+    buffers: int = 2
+
+
+# by fours of tokens
+SHAPES = {1: Shape(16, 2), 2: Shape(16, 1), 4: Shape(8, 1)}
+# where routers neither score nor have decided, depths seldom differ
+FIXED = {2: Shape(8, 2, ring=6912)}
+# where shared memory does not hold these: x of more columns is worth more than warps
+NARROW = {2: Shape(8, 1, buffers=1)}
 # what `ROUTED` says in `score.h`
 NOBODY, ITSELF, OTHERS = 0, 1, 2
 # tensors of a router but for its first matrix
@@ -122,24 +133,23 @@ class Group:
         columns = -(-self.params.column_tiles // 2) * 2 * COLUMNS
         return 2 * tokens * (columns + 64) + columns // self.group_size * 4 * fours(tokens) * 8
 
-    def shape(self, tokens: int) -> tuple[int, int, int, int]:
-        """Warps of a block, blocks on a processor, bytes of a ring and buffers of sums for so many tokens."""
+    def shape(self, tokens: int) -> Shape:
+        """Of a launch for so many tokens."""
         count = fours(tokens)
-        usual = *SHAPES[count], RING, 2
-        tried = [NARROW[count]] if count in NARROW else []
-        tried = [usual if self.routers or self.given else FIXED.get(count, usual), *tried]
-        return next((one for one in tried if self._memory(tokens, *one) <= self.limit), tried[0])
+        usual = SHAPES[count] if self.routers or self.given else FIXED.get(count, SHAPES[count])
+        narrow = NARROW.get(count, usual)
+        return narrow if self._memory(tokens, usual) > self.limit >= self._memory(tokens, narrow) else usual
 
     def memory(self, tokens: int) -> int:
         """Bytes of shared memory for so many tokens."""
-        return self._memory(tokens, *self.shape(tokens))
+        return self._memory(tokens, self.shape(tokens))
 
-    def _memory(self, tokens: int, warps: int, _: int, ring: int, buffers: int) -> int:
+    def _memory(self, tokens: int, shape: Shape) -> int:
         """Tiles on their way, x in bytes, sums of warps, depths, thresholds and caps, and the router but its first matrix."""
         p, padded = self.params, 4 * fours(tokens)
         scoring = p.routers.hidden * (p.routers.scores + 3) + p.routers.scores
-        floats = buffers * warps * padded * 33 + padded + scoring
-        return warps * ring + self.staged(tokens) + floats * 4 + WANTED
+        floats = shape.buffers * shape.warps * padded * 33 + padded + scoring
+        return shape.warps * shape.ring + self.staged(tokens) + floats * 4 + WANTED
 
     def fits(self) -> int:
         """Tokens that one launch takes: 16, or fewer where shared memory does not hold x of so many, or 0."""
@@ -190,26 +200,28 @@ class Group:
 
     def _launch(self, dtype: torch.dtype, tokens: int) -> None:
         """Run the kernel with the parameters as they are."""
-        p, (warps, _, _, buffers) = self.params, self.shape(tokens)
+        p, shape = self.params, self.shape(tokens)
         # one on each processor, those without rows too: some score, and what each does for the next launch is said in few.cu
         blocks = self.processors
-        self._share(blocks, warps, buffers)
+        self._share(blocks, shape)
         if p.staged:
             eights = tokens * -(-p.column_tiles // 4) * 32  # of each token, in whole warps
-            self.kernel(dtype, tokens, "bytes").launch(-(-eights // (warps * LANES)), warps * LANES, p, overlap=True)
-        self.kernel(dtype, tokens).launch(blocks, warps * LANES, p, self.memory(tokens), overlap=True)
+            self.kernel(dtype, tokens, "bytes").launch(
+                -(-eights // (shape.warps * LANES)), shape.warps * LANES, p, overlap=True
+            )
+        self.kernel(dtype, tokens).launch(blocks, shape.warps * LANES, p, self.memory(tokens), overlap=True)
 
-    def _share(self, blocks: int, warps: int, buffers: int) -> None:
+    def _share(self, blocks: int, shape: Shape) -> None:
         """Which blocks score and decide."""
         p = self.params
         count = max(p.routers.count, 1)
         # a warp scores one tile of columns at a time
-        most = -(-p.column_tiles // warps)
+        most = -(-p.column_tiles // shape.warps)
         # where nobody waits for scores, only blocks with the fewest rows score, and others of those decide
         lighter = blocks - self.row_tiles % blocks
         p.parts = max(1, min(lighter // count - 1 if self.given else blocks // count, most))
         # sums of all parts, and scores, lie in shared memory where those of warps do
-        p.parts = min(p.parts, max(1, (buffers * 33 * warps - 8) // (p.routers.hidden + 1)))
+        p.parts = min(p.parts, max(1, (shape.buffers * 33 * shape.warps - 8) // (p.routers.hidden + 1)))
         shares = p.parts * p.routers.count
         p.deciders, p.busy = shares % blocks, min(blocks, shares + p.routers.count)
 
