@@ -109,7 +109,11 @@ def compare_captured(fused):
     # compiled code keeps in fp32 what torch rounds to bf16 on the way
     assert found[False][0] == pytest.approx(found[True][0], rel=3e-2 if fused else 1e-3)
     for name, gradient in found[False][1].items():
-        assert snr_db(gradient, found[True][1][name]) > (20 if fused else 50), name
+        other = found[True][1][name]
+        if fused:
+            assert snr_db(gradient, other) > 20, name
+        else:
+            assert torch.allclose(gradient, other, rtol=1e-2, atol=1e-3 * gradient.abs().max())
 
 
 def run_twice():

@@ -113,7 +113,7 @@ def test_captured_steps_learn_what_plain_ones_do(tmp_path):
     made, ids = tiny.quantize(tmp_path, format=FORM), tiny.tokens(4, 16).to(device)
     found = {}
     for captured in (False, True):
-        with opened(made, device=device) as routed, routing._learner(routed, ids[:2], 0.5) as learner:
+        with opened(made, device=device) as routed, routing._learner(routed, ids, 2, 0.5) as learner:
             assert isinstance(learner, routing.CapturedLearner)
             learn = learner.learn if captured else super(routing.CapturedLearner, learner).learn
             step = gates.Step(*(torch.tensor(v, device=device) for v in ([-1.0, -5.0], [3, 5])), 0.7)
@@ -167,8 +167,8 @@ def test_training_routers_comes_nearer_to_the_float_model_at_the_same_bits(both)
         (before, _), (after, read) = divergence(fitted, bits), divergence(trained, bits)
         assert read == pytest.approx(bits, abs=0.02)
         ratios.append(after / before)
-    # seen: 0.79 to 1.001, 0.93 on average
-    assert max(ratios) < 1.02 and sum(ratios) / len(ratios) < 0.95
+    # seen: 0.80 to 0.96
+    assert max(ratios) < 1 and sum(ratios) / len(ratios) < 0.95
 
 
 def test_codes_and_fixed_depths_stay_as_they_were(both):

@@ -80,9 +80,9 @@ class Budgets:
         return cls(at, torch.tensor(cap, device=device), tau, torch.zeros_like(at), 1 / (at - 1))
 
     def turn(self, count: int) -> list[Int[Tensor, " S"]]:
-        """All budgets, `count` at a time; the last ones begin again."""
-        every = torch.arange(self.bits.numel())
-        return [every.roll(-first)[torch.arange(count) % len(every)] for first in range(0, len(every), count)]
+        """All budgets, `count` at a time; where they do not come out even, the last part has some of the one before."""
+        size = self.bits.numel()
+        return [(torch.arange(count) + min(first, max(size - count, 0))) % size for first in range(0, size, count)]
 
     def draw(self, generator: torch.Generator, count: int) -> Int[Tensor, " S"]:
         """`count` budgets, different ones while there are enough."""
@@ -104,7 +104,7 @@ def optimizer_for(gates: dict[str, GateRouter], rate: float) -> torch.optim.Adam
 
 
 def optimise(
-    routed: Routed, budgets: Budgets, windows: Int[Tensor, "W L"], training: Training,
+    learner: "Learner", budgets: Budgets, windows: Int[Tensor, "W L"], training: Training,
     steps_for: Callable[[float], int],
     seed: int, progress: Report,
 ) -> list[dict[str, Any]]:  # fmt: skip
@@ -113,16 +113,7 @@ def optimise(
     `steps_for` says how many steps are taken, given the seconds of one.
     """
     count = training.distill_batch
-    optimizer = optimizer_for(routed.gates, training.router_rate)
-    with _learner(routed, windows[torch.arange(count) % len(windows)], training.loss_power) as learner:
-        return _steps(learner, optimizer, budgets, windows, count, steps_for, seed, progress)
-
-
-def _steps(
-    learner: "Learner", optimizer: torch.optim.Adam, budgets: Budgets, windows: Int[Tensor, "W L"], count: int,
-    steps_for: Callable[[float], int],
-    seed: int, progress: Report,
-) -> list[dict[str, Any]]:  # fmt: skip
+    optimizer = optimizer_for(learner.routed.gates, training.router_rate)
     sums = torch.zeros(3, budgets.bits.numel(), dtype=torch.float64)
     # every budget gets its threshold and price before the first step
     ahead = [part for _ in range(AHEAD) for part in budgets.turn(count)]
@@ -195,8 +186,9 @@ class CapturedLearner(Learner):
 
 
 @contextmanager
-def _learner(routed: Routed, tokens: Int[Tensor, "S L"], power: float) -> Iterator[Learner]:
-    """A learner of batches like `tokens`, captured on CUDA."""
+def _learner(routed: Routed, windows: Int[Tensor, "W L"], count: int, power: float) -> Iterator[Learner]:
+    """A learner of batches of `count` windows, captured on CUDA."""
+    tokens = windows[torch.arange(count) % len(windows)]
     if not tokens.is_cuda:
         yield Learner(routed, power)
         return
@@ -256,7 +248,8 @@ def train(
             return fitted, []
         budgets, on_device = Budgets.of(form, fitted, device), windows.to(device)
         with repeatable(device), opened(pair, stored, device) as routed:
-            log = optimise(routed, budgets, on_device, training, steps_for, seed, progress)
+            with _learner(routed, on_device, training.distill_batch, training.loss_power) as learner:
+                log = optimise(learner, budgets, on_device, training, steps_for, seed, progress)
             scores = sample_scores(routed, budgets, on_device)
             trained = {name: vars(gate.stored()) for name, gate in routed.gates.items()}
         values = {f"{name}.{key}": tensor.cpu() for name, parts in trained.items() for key, tensor in parts.items()}

@@ -7,8 +7,8 @@ every time.
 
 # Triton comes with CUDA builds of torch only, and kernels are a language of their own
 # pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportIndexIssue=false
-from dataclasses import dataclass
-from typing import no_type_check
+from collections.abc import Sequence
+from typing import Any, no_type_check
 
 import torch
 import triton
@@ -77,48 +77,32 @@ def _back(
     tl.store(d_zero + row * G + group, d_shift, mask=row < N)
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Columns of a group, and the width of the first slice."""
-
-    group: int
-    base: int
-
-    def numbers(self, position: Tensor, log_scale: Tensor) -> tuple[int | float, ...]:
-        """What kernels are told about tensors of these shapes."""
-        steps = 2.0 ** (ZERO_BITS - self.base)
-        return *position.shape, log_scale.shape[1], self.group, 2.0**self.base, steps, MIN_SCALE, MAX_SCALE
-
-    def blocks(self) -> dict[str, int]:
-        """What kernels are compiled for."""
-        return {"R": ROWS, "P": triton.next_power_of_2(self.group)}
-
-
-def _programs(position: Tensor, log_scale: Tensor) -> tuple[int, int]:
-    return triton.cdiv(position.shape[0], ROWS), log_scale.shape[1]
+def _launch(kernel: Any, tensors: Sequence[Tensor], group_size: int, base: int) -> None:
+    """Run a kernel over the groups of the first two tensors, position and log scale."""
+    (rows, columns), groups = tensors[0].shape, tensors[1].shape[1]
+    numbers = rows, columns, groups, group_size, 2.0**base, 2.0 ** (ZERO_BITS - base), MIN_SCALE, MAX_SCALE
+    kernel[(triton.cdiv(rows, ROWS), groups)](*tensors, *numbers, R=ROWS, P=triton.next_power_of_2(group_size))
 
 
 def read(
-    position: Tensor, log_scale: Tensor, zero: Tensor, cells: Tensor, sizes: Sizes, dtype: torch.dtype
+    position: Tensor, log_scale: Tensor, zero: Tensor, cells: Tensor, group_size: int, base: int, dtype: torch.dtype
 ) -> Tensor:  # fmt: skip
     """Weights [N, K] of `dtype` from position [N, K], log scale and zero point [N, G], all fp32 and contiguous.
 
-    `cells`, fp32 with one element, are those in a base step at the depth.
+    `cells`, fp32 with one element, are those in a base step at the depth, `base` is the width of the first slice.
     """
     out = torch.empty(position.shape, dtype=dtype, device=position.device)
-    numbers = sizes.numbers(position, log_scale)
-    _read[_programs(position, log_scale)](position, log_scale, zero, cells, out, *numbers, **sizes.blocks())
+    _launch(_read, (position, log_scale, zero, cells, out), group_size, base)
     return out
 
 
 def back(
-    slope: Tensor, position: Tensor, log_scale: Tensor, zero: Tensor, cells: Tensor, sizes: Sizes
+    slope: Tensor, position: Tensor, log_scale: Tensor, zero: Tensor, cells: Tensor, group_size: int, base: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of position, log scale and zero point, for that of the weights [N, K] of any float dtype.
 
     Rounding passes gradients straight through; a position outside the grid gets none.
     """
     made = torch.empty_like(position), torch.empty_like(log_scale), torch.empty_like(zero)
-    numbers, inputs = sizes.numbers(position, log_scale), (position, log_scale, zero, cells, slope.contiguous())
-    _back[_programs(position, log_scale)](*inputs, *made, *numbers, **sizes.blocks())
+    _launch(_back, (position, log_scale, zero, cells, slope.contiguous(), *made), group_size, base)
     return made

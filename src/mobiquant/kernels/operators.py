@@ -13,7 +13,7 @@ def read_grid(
     """Weights of `dtype`, [N, K] as `position`, by one kernel (`kernels.grid`); an operator, so that blocks can be compiled."""
     from mobiquant.kernels import grid
 
-    return grid.read(position, log_scale, zero, cells, grid.Sizes(group_size, base), dtype)
+    return grid.read(position, log_scale, zero, cells, group_size, base, dtype)
 
 
 @torch.library.custom_op("mobiquant::read_grid_backward", mutates_args=(), device_types="cuda")
@@ -23,7 +23,7 @@ def read_grid_backward(
     """Gradients by position, logarithm of the scale and zero point."""
     from mobiquant.kernels import grid
 
-    return grid.back(slope, position, log_scale, zero, cells, grid.Sizes(group_size, base))
+    return grid.back(slope, position, log_scale, zero, cells, group_size, base)
 
 
 @read_grid.register_fake

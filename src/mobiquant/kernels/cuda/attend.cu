@@ -132,12 +132,6 @@ DEVICE void put_new(Four (&rows)[TURNS], const u16 *fresh, int place) {
         if (at < HEAD && row + i * ROWS == place) rows[i] = *(const Four *)(fresh + at);
 }
 
-DEVICE void widen(float (&to)[8], const Four &from) {
-    const u32 twos[4] = {from.x, from.y, from.z, from.w};
-#pragma unroll
-    for (int i = 0; i < 8; i++) to[i] = wide((u16)(twos[i / 2] >> (16 * (i % 2))));
-}
-
 // scores of the rows below `there` by all queries, minus infinity for the others
 DEVICE void score(const Shared &s, const Four (&keys)[TURNS], int there) {
     const int row = threadIdx.x / LANES, at = threadIdx.x % LANES * 8;

@@ -178,5 +178,10 @@ DEVICE bool warp_all(bool value) { return __all_sync(~0u, value); }
 
 // numbers of the dtype that a kernel is compiled for
 DEVICE float wide(u16 value) { return BF16 ? from_bf16(value) : from_fp16(value); }
+DEVICE void widen(float (&to)[8], const Four &from) {
+    const u32 twos[4] = {from.x, from.y, from.z, from.w};
+#pragma unroll
+    for (int i = 0; i < 8; i++) to[i] = wide((u16)(twos[i / 2] >> (16 * (i % 2))));
+}
 DEVICE u16 narrow(float value) { return BF16 ? to_bf16(value) : to_fp16(value); }
 DEVICE u32 narrow_two(float low, float high) { return BF16 ? two_bf16(low, high) : two_fp16(low, high); }

@@ -179,7 +179,7 @@ class Group:
         says, and for depths that are missing or not expected.
         """
         tokens, p, x, fits = x.shape[0], self.params, x.contiguous(), self.fits()
-        if tokens > self.most():
+        if tokens > (MOST if fits else 0):
             raise ValueError(f"{tokens} tokens of {p.columns} columns: a call takes {self.most()}")
         if (given is not None) != self.given:
             raise ValueError("depths are given to layers that decide themselves, or not to those that do not")

@@ -18,20 +18,8 @@ struct Params {
     float epsilon;
 };
 
-struct Eight {
-    float v[8];
-};
-
-DEVICE Eight widened(const Four &from) {
-    const u32 twos[4] = {from.x, from.y, from.z, from.w};
-    Eight to;
-#pragma unroll
-    for (int i = 0; i < 8; i++) to.v[i] = wide((u16)(twos[i / 2] >> (16 * (i % 2))));
-    return to;
-}
-
-DEVICE Four narrowed(const Eight &from) {
-    return {narrow_two(from.v[0], from.v[1]), narrow_two(from.v[2], from.v[3]), narrow_two(from.v[4], from.v[5]), narrow_two(from.v[6], from.v[7])};
+DEVICE Four narrowed(const float (&from)[8]) {
+    return {narrow_two(from[0], from[1]), narrow_two(from[2], from[3]), narrow_two(from[4], from[5]), narrow_two(from[6], from[7])};
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) sum_norm(const __grid_constant__ Params p) {
@@ -61,16 +49,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) sum_norm(const __grid_cons
     for (int t = 0; t < TURNS; t++) {
         const int column = (threadIdx.x + t * THREADS) * 8;
         if (p.more) {
-            Eight sum = widened(hidden[t]);
-            const Eight added = widened(more[t]);
+            float sum[8], added[8];
+            widen(sum, hidden[t]), widen(added, more[t]);
 #pragma unroll
-            for (int i = 0; i < 8; i++) sum.v[i] += added.v[i];
+            for (int i = 0; i < 8; i++) sum[i] += added[i];
             hidden[t] = narrowed(sum);
             if (column < p.columns) *(Four *)(p.hidden + row + column) = hidden[t];
         }
-        const Eight x = widened(hidden[t]);
+        float x[8];
+        widen(x, hidden[t]);
 #pragma unroll
-        for (int i = 0; i < 8; i++) energy = fmaf(x.v[i], x.v[i], energy);
+        for (int i = 0; i < 8; i++) energy = fmaf(x[i], x[i], energy);
     }
 #pragma unroll
     for (int by = 1; by < 32; by *= 2) energy += shuffle_xor(energy, by);
@@ -83,10 +72,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) sum_norm(const __grid_cons
 #pragma unroll
     for (int t = 0; t < TURNS; t++) {
         const int column = (threadIdx.x + t * THREADS) * 8;
-        Eight x = widened(hidden[t]);
-        const Eight by = widened(weight[t]);
+        float x[8], by[8];
+        widen(x, hidden[t]), widen(by, weight[t]);
 #pragma unroll
-        for (int i = 0; i < 8; i++) x.v[i] = wide(narrow(x.v[i] * inverse)) * by.v[i];
+        for (int i = 0; i < 8; i++) x[i] = wide(narrow(x[i] * inverse)) * by[i];
         if (column < p.columns) *(Four *)(p.out + row + column) = narrowed(x);
     }
 }
