@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-serving native lint clean
+.PHONY: demo test test-serving native native-arm lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mobiquant demo --output demo-out --overwrite
@@ -28,6 +28,11 @@ $(SERVING)/.installed: pyproject.toml
 native: $(VENV)/.tested
 	$(BIN)/python setup.py -q sanitize --to build/native
 	build/native/check
+
+# the same for Arm on any machine: needs g++-aarch64-linux-gnu and qemu-user; leaks are not looked for, which emulation cannot
+native-arm: $(VENV)/.tested
+	CXX=aarch64-linux-gnu-g++ $(BIN)/python setup.py -q sanitize --to build/native-arm --machine aarch64
+	ASAN_OPTIONS=detect_leaks=0 qemu-aarch64 -cpu max -L /usr/aarch64-linux-gnu build/native-arm/check
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .

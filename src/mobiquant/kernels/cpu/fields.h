@@ -17,7 +17,7 @@ inline void merge(typename V::Bytes high, typename V::Bytes low, typename V::Byt
 
 // Codes of `W` bits from planes `s`, lowest bit first, into eight vectors.
 template <class V, int W>
-inline void fields(const typename V::Bytes* s, typename V::Bytes* out) {
+[[gnu::always_inline]] inline void fields(const typename V::Bytes* s, typename V::Bytes* out) {
     using Bytes = typename V::Bytes;
     if constexpr (W == 1) {
         const Bytes a = s[0];
@@ -74,7 +74,7 @@ constexpr int AHEAD = 2048;
 // The codes of one block of a row: `Parts::COUNT` times eight vectors. Unless `INSIDE` promises that whole vectors may be read,
 // `there` says how many bytes of each plane may.
 template <class V, int W, bool INSIDE>
-inline void codes(const uint8_t* const* plane, int64_t at, int64_t there, typename V::Bytes (*out)[8]) {
+[[gnu::always_inline]] inline void codes(const uint8_t* const* plane, int64_t at, int64_t there, typename V::Bytes (*out)[8]) {
     typename V::Bytes s[W];
     // rows follow one another in memory; the machine's own prefetching starts anew at every page
     for (int k = 0; k < W; ++k) __builtin_prefetch(plane[k] + at + AHEAD);

@@ -1,6 +1,13 @@
 // The plain C interface that Python loads, and the choice of an instruction set.
 #include <cstring>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 #include "pool.h"
 #include "types.h"
 
@@ -10,6 +17,21 @@ namespace {
 const Table* tables[3];
 int count = 0;
 const Table* chosen = nullptr;
+
+#if defined(__aarch64__)
+// Whether the processor has the dot products of bytes that came with Armv8.2.
+bool has_dot_products() {
+#if defined(__linux__)
+    return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#elif defined(__APPLE__)
+    int found = 0;
+    size_t size = sizeof found;
+    return sysctlbyname("hw.optional.arm.FEAT_DotProd", &found, &size, nullptr, 0) == 0 && found;
+#else
+    return false;
+#endif
+}
+#endif
 
 // The tables that this machine can run, best last.
 void find() {
@@ -24,6 +46,8 @@ void find() {
             tables[count++] = &AVX512;
         }
     }
+#elif defined(__aarch64__)
+    if (has_dot_products()) tables[count++] = &NEON;
 #endif
     chosen = tables[count - 1];
 }

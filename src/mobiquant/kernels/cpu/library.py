@@ -18,7 +18,7 @@ NAME = "_cpu"
 MAX_BITS = 8
 LANE = 32
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# plain, avx2 or avx512, for tests and for comparing them
+# plain, avx2, avx512 or neon, for tests and for comparing them
 INSTRUCTIONS = "MOBIQUANT_CPU_INSTRUCTIONS"
 
 pointer, integer, real = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float

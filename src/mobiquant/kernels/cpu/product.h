@@ -22,7 +22,7 @@ struct Cell {
 
 // Scale and shift of the lanes of one block, whose first group is number `at` of the weight.
 template <class V, bool INSIDE>
-inline void scales(const Weight& w, const int32_t* index, int64_t at, int64_t there, typename V::Floats step,
+[[gnu::always_inline]] inline void scales(const Weight& w, const int32_t* index, int64_t at, int64_t there, typename V::Floats step,
                    typename V::Floats middle, typename V::Floats& scale, typename V::Floats& shift) {
     scale = V::template halves<INSIDE>(w.scale + at, there, index);
     shift = V::fused(V::template bytes<INSIDE>(w.zero + at, there, index), step, middle);

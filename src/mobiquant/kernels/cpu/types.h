@@ -76,6 +76,8 @@ struct Table {
 extern const Table PLAIN;
 #if defined(__x86_64__)
 extern const Table AVX2, AVX512;
+#elif defined(__aarch64__)
+extern const Table NEON;
 #endif
 
 }  // namespace mobiquant
