@@ -15,17 +15,10 @@ from rich.console import Console
 from shapes import MODELS
 
 from mobiquant.config import InputError
+from mobiquant.console import numbers
 from mobiquant.kernels.cuda.product import missing
 
 err = Console(stderr=True)
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """Whole numbers with commas between them."""
-    try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise InputError(f"'{text}' is no list of whole numbers: give some with commas, such as 1,8,512") from None
 
 
 def check(device: str, model: str, whole_model: str | None) -> torch.device:
@@ -106,7 +99,7 @@ def kernels(
         raise InputError(f"routers '{routers}' are not timed here: choose per-block or per-input")
     place = check(device, model, chosen)
     say = lambda line: err.print(line, markup=False, highlight=False)  # noqa: E731
-    found, rows, speeds = run(place, model, numbers(tokens), routers, chosen, prompt, say)
+    found, rows, speeds = run(place, model, tuple(numbers(tokens, "tokens", "1,8,512", int)), routers, chosen, prompt, say)
     command = f"python benchmarks/kernels --model {model} --tokens {tokens} --routers {routers} --whole {whole_model}"
     say(f"written: {report.write(output, name, found, rows, speeds, command)}")
 

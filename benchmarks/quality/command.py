@@ -23,6 +23,7 @@ from rich.console import Console
 from schedule import Schedule
 
 from mobiquant.config import InputError, Training
+from mobiquant.console import budgets, numbers
 
 out, err = Console(), Console(stderr=True)
 KNOWN = f"{methods.FLOAT}, {', '.join(methods.PEERS)}; ours: {', '.join(methods.RECIPES)}"
@@ -31,12 +32,9 @@ FETCHED = ("wikitext2", "c4", "ptb")
 TEXT = "builtin, wikitext2, c4, ptb, a .txt or .jsonl file, or wikitext2:FILE"
 
 
-def numbers(text: str, what: str, kind: Any = int) -> list[Any]:
-    """'2,3' -> [2, 3]; raises InputError on anything else."""
-    try:
-        return [kind(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise InputError(f"'{text}' is no list of {what}: give numbers with commas") from None
+def several(text: str) -> tuple[float, ...]:
+    """Budgets, or none."""
+    return tuple(budgets(text)) if text.strip() else ()
 
 
 def words(text: str) -> list[str]:
@@ -166,21 +164,21 @@ def compare(
     Example: python benchmarks/quality smollm2-135m --methods float,rtn,hqq,fast --max-windows 4
     """
     extra = dict(zip(methods.RECIPES, (fast_args, paper_args, full_args), strict=True))
+    whole, drawn = numbers(bits, "bits", "2,3,4", int), numbers(seeds, "seeds", "0,1,2", int)
     jobs = plan.jobs(
-        words(methods_), numbers(bits, "bits"), numbers(seeds, "seeds"), pairs(checkpoint or []),
+        words(methods_), whole, drawn, pairs(checkpoint or []),
         {name: tuple(shlex.split(given)) for name, given in extra.items()}, variants(full_args, samples) if ablations else {},
     )  # fmt: skip
     folder = work.resolve() / "zero-shot" if tasks and task_data else None
     calibration, text = calibration or ["builtin"], text or ["builtin"]
     settings = plan.Settings(
-        model, tuple(calibration), samples, sequence_length, numbers(seeds, "seeds")[0], group_size, tuple(text), window,
-        max_windows, tuple(numbers(fixed, "bits", float)), tuple(numbers(routed, "bits", float)), tuple(words(tasks)),
-        tuple(numbers(task_bits, "bits", float)), None if folder is None else str(folder), limit,
+        model, tuple(calibration), samples, sequence_length, drawn[0], group_size, tuple(text), window, max_windows,
+        several(fixed), several(routed), tuple(words(tasks)), several(task_bits), folder and str(folder), limit,
         tuple(plan.stamp(name) for name in (model, *calibration, *text)),
     )  # fmt: skip
     places = check(settings, devices, task_data)
     results = Schedule(settings, work.resolve(), job_minutes, say).run(jobs, places)
-    page = write(output, name, results, settings, numbers(bits, "bits"))
+    page = write(output, name, results, settings, whole)
     out.print(table.everything(table.lines(results)), markup=False, highlight=False, soft_wrap=True)
     say(f"written: {page}")
     if all(result["error"] for result in results):

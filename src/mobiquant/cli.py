@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mobiquant.console import err, numbers, out, quiet, show, show_rows, widths
+from mobiquant.console import budgets, err, out, quiet, show, show_rows, widths
 from mobiquant.progress import bars
 from mobiquant.serving.command import serve
 
@@ -178,7 +178,7 @@ def evaluate(
 
     Example: mobiquant eval smollm2-mobi --bits 2,2.5,3,4,8 --text builtin --reference smollm2-135m --max-windows 4
     """
-    budgets = numbers(bits)
+    chosen = budgets(bits)
     from contextlib import nullcontext
     from dataclasses import asdict
 
@@ -195,7 +195,7 @@ def evaluate(
     quantised = integration.is_quantized(model)
     if quantised:
         loaded: Any = mobiquant.load(model, max_bits=max_bits, device=target, dtype=dtype)
-        for b in budgets:
+        for b in chosen:
             with mobiquant.precision(loaded, b, routed=not fixed):
                 pass
     else:
@@ -205,12 +205,12 @@ def evaluate(
     if tasks is not None:
         names = [name.strip() for name in tasks.split(",")]
         with how:
-            _tasks(loaded, tokenizer, names, budgets if quantised else [], fixed, task_folder, limit, as_json)
+            _tasks(loaded, tokenizer, names, chosen if quantised else [], fixed, task_folder, limit, as_json)
         return
     float_model = integration.load_float(reference, dtype).to(target) if reference else None  # type: ignore[arg-type]
     windows = data.windows(data.load_text(text, "measure"), tokenizer, sequence_length, text)[:max_windows]
     with how, bars(err, lines=True) as report:
-        rows = measure(loaded, windows, budgets if quantised else [], fixed=fixed, reference=float_model, progress=report)
+        rows = measure(loaded, windows, chosen if quantised else [], fixed=fixed, reference=float_model, progress=report)
     show_rows([asdict(row) for row in rows], as_json, windows=windows.shape[0], sequence_length=sequence_length)
 
 
@@ -343,7 +343,7 @@ def bench(
     from mobiquant import bench as b
 
     sizes = b.Sizes.of(prompt_tokens, new_tokens, threads)
-    show_rows(b.run(folder, numbers(bits), fixed, max_bits, reference, peer, sizes, repetitions, err), as_json)
+    show_rows(b.run(folder, budgets(bits), fixed, max_bits, reference, peer, sizes, repetitions, err), as_json)
 
 
 @app.command()

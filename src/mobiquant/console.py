@@ -1,12 +1,14 @@
 """What verbs of the command line share: the two consoles, lists of numbers, and results as tables or JSON."""
 
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
 out, err = Console(), Console(stderr=True)
+Number = TypeVar("Number", int, float)
 
 
 def quiet() -> None:
@@ -17,24 +19,25 @@ def quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
 
 
-def numbers(text: str) -> list[float]:
-    """'2,2.5,8' -> [2, 2.5, 8]; raises InputError on anything else."""
+def numbers(text: str, what: str, example: str, kind: Callable[[str], Number]) -> list[Number]:
+    """'2,2.5,8' -> [2, 2.5, 8], each by `kind`; raises InputError, which names `what` and an `example`, on anything else."""
     from mobiquant.config import InputError
 
     try:
-        return [float(part) for part in text.split(",")]
+        return [kind(part) for part in text.split(",")]
     except ValueError:
-        raise InputError(f"'{text}' is no list of bits: give numbers with commas, such as 2,2.5,3,4,8") from None
+        whole = "whole " if kind is int else ""
+        raise InputError(f"'{text}' is no list of {what}: give {whole}numbers with commas, such as {example}") from None
+
+
+def budgets(text: str) -> list[float]:
+    """'2,2.5,8' -> [2.0, 2.5, 8.0], as `numbers`."""
+    return numbers(text, "bits", "2,2.5,3,4,8", float)
 
 
 def widths(text: str) -> tuple[int, ...]:
-    """'2,1,1' -> (2, 1, 1); raises InputError on anything else."""
-    from mobiquant.config import InputError
-
-    try:
-        return tuple(int(width) for width in text.split(","))
-    except ValueError:
-        raise InputError(f"slices '{text}' are no list of widths: give whole numbers with commas, such as 2,1,1,2,2") from None
+    """'2,1,1' -> (2, 1, 1), as `numbers`."""
+    return tuple(numbers(text, "slice widths", "2,1,1,2,2", int))
 
 
 def show(values: dict[str, Any], as_json: bool) -> None:
