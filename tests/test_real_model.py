@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import gguf
 import pytest
 import torch
 
@@ -47,12 +48,23 @@ def model(folder):
     return mobiquant.load(folder, dtype=torch.float32)
 
 
+@pytest.fixture(scope="module")
+def reference():
+    """The float model; its file is parsed once, and the package that does so is left as it was."""
+    parsed, reader = [], gguf.GGUFReader
+    with pytest.MonkeyPatch.context() as patch:
+        counting = lambda *given: parsed.append(given) or reader(*given)  # noqa: E731
+        patch.setattr(gguf, "GGUFReader", counting)
+        made = integration.load_float(integration.DEMO_MODEL, torch.float32)
+        assert len(parsed) == 1 and gguf.GGUFReader is counting
+    return made
+
+
 def test_the_wheel_of_the_model_is_installed():
     assert integration.demo_file().stat().st_size > 5e7
 
 
-def test_every_budget_reads_what_it_says_and_predicts_the_better_the_more_it_reads(model, windows):
-    reference = integration.load_float(integration.DEMO_MODEL, torch.float32)
+def test_every_budget_reads_what_it_says_and_predicts_the_better_the_more_it_reads(model, windows, reference):
     (float_row,) = evaluate.evaluate(reference, windows)
     rows = evaluate.evaluate(model, windows, (*BUDGETS, 8.0), reference=reference)
     print(float_row, *rows, sep="\n")
