@@ -10,6 +10,7 @@ import mobiquant
 from mobiquant import budget, data, router
 from mobiquant.calibrate import gates, passes, routing
 from mobiquant.calibrate.fast import Fitted
+from mobiquant.calibrate.thresholds import Curve
 from mobiquant.calibrate.work import Work
 from mobiquant.config import Format, Training
 from mobiquant.linear import mobilinears
@@ -105,6 +106,22 @@ def test_all_budgets_take_turns():
         turn = budgets.turn(count)
         assert set(torch.cat(turn).tolist()) == set(range(budgets.bits.numel())) and all(len(part) == count for part in turn)
     assert len(budgets.turn(4)) == -(-budgets.bits.numel() // 4)
+
+
+@pytest.mark.parametrize("cap", [1, 2, 4, 5])
+def test_the_curve_counts_the_tokens_above_a_threshold(cap):
+    draw = torch.Generator().manual_seed(0)
+    # coarse scores: many are equal to each other and to thresholds
+    fitted = [Fitted((), size, (torch.randn(50, 4, generator=draw) * 4).round() / 4) for size in (10, 30, 7)]
+    curve = Curve.of(FORM, fitted)
+    for tau in (-9.0, -0.5, 0.0, 0.1, 0.25, 9.0):
+        open_gates = sum(one.size * (one.scores > tau).double().mean(0) for one in fitted) / 47
+        wanted = [FORM.widths[0] + float((open_gates * torch.tensor(FORM.slices[1:]))[:c].sum()) for c in range(cap)]
+        assert curve.bits(tau, cap) == pytest.approx(wanted, abs=1e-12)
+    for bits in (2.3, 2.5, 2.9):
+        tau = curve.tau_for(bits, 5)
+        # scores are a quarter apart: next to the threshold the budget is passed
+        assert curve.bits(tau + 1e-3, 5)[-1] <= bits + 1e-9 <= curve.bits(tau - 0.25, 5)[-1] + 1e-9
 
 
 @pytest.mark.gpu

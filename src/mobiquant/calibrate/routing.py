@@ -32,7 +32,7 @@ from mobiquant.calibrate.fast import Fitted
 from mobiquant.calibrate.gates import GateRouter, Routed, Step, opened
 from mobiquant.calibrate.nested import generator_for, repeatable, set_rate
 from mobiquant.calibrate.passes import Pair, Replayed, powered, steady
-from mobiquant.calibrate.thresholds import tau_for
+from mobiquant.calibrate.thresholds import Curve
 from mobiquant.calibrate.work import Work
 from mobiquant.config import Checkpoint, Format, Training
 from mobiquant.linear import mobilinears
@@ -73,7 +73,8 @@ class Budgets:
         for cap, edges in budget.regions(form):
             found += [(low + share * (high - low), cap) for low, high in pairwise(edges) for share in SHARES]
             found += [(float(width), cap) for width in edges[1:-1]]
-        taus = [tau_for(bits, cap, form, fitted) for bits, cap in found]
+        curve = Curve.of(form, fitted)
+        taus = [curve.tau_for(bits, cap) for bits, cap in found]
         bits, cap = zip(*found, strict=True)
         at, tau = torch.tensor(bits, device=device), torch.tensor(taus, device=device)
         # small budgets have more to gain

@@ -11,12 +11,13 @@ with trained ones: on a CPU, where a user waits, beginnings of sequences are mea
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor, nn
 
 from mobiquant import blocks, budget
@@ -55,44 +56,59 @@ def beginnings(tokens: Int[Tensor, "S L"], device: torch.device) -> Int[Tensor, 
     return tokens[torch.linspace(0, len(tokens) - 1, kept).long(), :length]
 
 
-def rows(form: Format, fitted: list[Fitted], shares: Sequence[float]) -> list[tuple[float, int]]:
-    """`(tau, cap)` at shares of the budgets between neighbouring widths, from the scores of sample tokens; thresholds falling.
+@dataclass(frozen=True)
+class Curve:
+    """What sample tokens read at any threshold, by the scores that they got from each router."""
 
-    Where a budget is a width of the format, many thresholds may read it: the row is the middle of them, far from reading less.
-    """
-    found: list[tuple[float, int]] = []
-    for cap, edges in budget.regions(form):
-        taus = [tau_for(low + share * (high - low), cap, form, fitted) for low, high in pairwise(edges) for share in shares]
-        # nothing is routed at the narrowest width and at that of the cap
-        for width in [width for width in edges[:-1] if width > form.widths[0]]:
-            taus.append(sum(tau_for(width + side, cap, form, fitted) for side in (-1e-6, 1e-6)) / 2)
-        found += [(tau, cap) for tau in sorted(taus, reverse=True)]
-    return list(dict.fromkeys(found))
+    form: Format
+    sizes: Float64[Tensor, " F"]  # weights that each router decides for
+    scores: Float[Tensor, "R F T"]  # of each residual slice, rising: a threshold is looked up instead of counting tokens
 
+    @classmethod
+    def of(cls, form: Format, fitted: list[Fitted]) -> "Curve":
+        """The curve of routers that scored equally many tokens."""
+        sizes = torch.tensor([f.size for f in fitted], dtype=torch.float64)
+        return cls(form, sizes, torch.stack([f.scores.T for f in fitted], 1).sort(-1).values)
 
-def expected(tau: float, cap: int, form: Format, fitted: list[Fitted]) -> list[float]:
-    """Average bits of the sample tokens at a threshold, for every cap up to `cap`."""
-    sizes = torch.tensor([f.size for f in fitted], dtype=torch.float64)
-    open_gates = torch.stack([(f.scores[:, : cap - 1] > tau).double().mean(0) for f in fitted])
-    steps = (sizes @ open_gates / sizes.sum()) * torch.tensor(form.slices[1:cap], dtype=torch.float64)
-    return [float(form.widths[0]), *(form.widths[0] + steps.cumsum(0)).tolist()]
+    def bits(self, tau: float, cap: int) -> list[float]:
+        """Average bits of the sample tokens at a threshold, for every cap up to `cap`."""
+        scores = self.scores[: cap - 1]
+        sought = torch.full((*scores.shape[:2], 1), tau, dtype=scores.dtype)
+        shut = torch.searchsorted(scores, sought, right=True)[:, :, 0]  # [cap - 1, F] tokens
+        open_gates = (scores.shape[2] - shut).double() / scores.shape[2]
+        steps = (open_gates @ self.sizes / self.sizes.sum()) * torch.tensor(self.form.slices[1:cap], dtype=torch.float64)
+        return [float(self.form.widths[0]), *(self.form.widths[0] + steps.cumsum(0)).tolist()]
 
+    def tau_for(self, bits: float, cap: int) -> float:
+        """Threshold at which the sample tokens read `bits` on average, by bisection."""
+        low, high = float(self.scores[:, :, 0].min()) - 1, float(self.scores[:, :, -1].max()) + 1
+        for _ in range(24):
+            tau = (low + high) / 2
+            low, high = (tau, high) if self.bits(tau, cap)[-1] > bits else (low, tau)
+        return tau
 
-def tau_for(bits: float, cap: int, form: Format, fitted: list[Fitted]) -> float:
-    """Threshold at which the sample tokens read `bits` on average, by bisection."""
-    low = min(float(f.scores.min()) for f in fitted) - 1
-    high = max(float(f.scores.max()) for f in fitted) + 1
-    for _ in range(24):
-        tau = (low + high) / 2
-        low, high = (tau, high) if expected(tau, cap, form, fitted)[-1] > bits else (low, tau)
-    return tau
+    def rows(self, shares: Sequence[float]) -> list[tuple[float, int]]:
+        """`(tau, cap)` at shares of the budgets between neighbouring widths; thresholds falling.
+
+        Where a budget is a width of the format, many thresholds may read it: the row is the middle of them, far from reading
+        less.
+        """
+        found: list[tuple[float, int]] = []
+        for cap, edges in budget.regions(self.form):
+            taus = [self.tau_for(low + share * (high - low), cap) for low, high in pairwise(edges) for share in shares]
+            # nothing is routed at the narrowest width and at that of the cap
+            for width in [width for width in edges[:-1] if width > self.form.widths[0]]:
+                taus.append(sum(self.tau_for(width + side, cap) for side in (-1e-6, 1e-6)) / 2)
+            found += [(tau, cap) for tau in sorted(taus, reverse=True)]
+        return list(dict.fromkeys(found))
 
 
 class Measured:
     """Sequences at each row of the table, and what they read so far; `hidden` are their states before the first block."""
 
     def __init__(self, hidden: Float[Tensor, "S L D"], form: Format, fitted: list[Fitted], device: torch.device):
-        self.form, self.fitted, self.rows, self.device = form, fitted, rows(form, fitted, SHARES), device
+        self.form, self.curve, self.device = form, Curve.of(form, fitted), device
+        self.rows = self.curve.rows(SHARES)
         place = resting_place(4 * hidden.numel() * len(self.rows), device)
         self.hidden = hidden.to(place).repeat(len(self.rows), 1, 1, 1)  # [rows, S, L, D]
         self.counts = torch.zeros(len(self.rows), len(form.slices), dtype=torch.float64)
@@ -127,13 +143,13 @@ class Measured:
 
     def table(self) -> tuple[dict[str, Any], ...]:
         """Regions for `config.Checkpoint.thresholds`: thresholds falling, bits for every cap up to that of the region."""
-        fine = rows(self.form, self.fitted, np.linspace(0.004, 0.996, FINE).tolist())
+        fine = self.curve.rows(np.linspace(0.004, 0.996, FINE).tolist())
         regions = []
         for cap in budget.region_caps(self.form):
             known = sorted(tau for tau, c in self.rows if c == cap)
-            moved = [np.subtract(self._bits(tau, cap), expected(tau, cap, self.form, self.fitted)) for tau in known]
+            moved = [np.subtract(self._bits(tau, cap), self.curve.bits(tau, cap)) for tau in known]
             taus = sorted({tau for tau, c in fine if c == cap}, reverse=True)
-            bits = np.array([expected(tau, cap, self.form, self.fitted) for tau in taus])
+            bits = np.array([self.curve.bits(tau, cap) for tau in taus])
             for c in range(cap):
                 shifted = bits[:, c] + np.interp(taus, known, [m[c] for m in moved])
                 # a lower threshold reads no less
