@@ -50,6 +50,8 @@ def test_bytes_and_weights_are_those_of_the_shapes(bench):
 
 
 def test_bad_input_is_one_sentence(bench):
+    with pytest.raises(bench.InputError, match="no list of tokens: give whole numbers"):
+        bench.numbers("1,x", "tokens", "1,8,512", int)
     with pytest.raises(bench.InputError, match="has no shapes here: choose from llama-2-7b"):
         bench.check("cuda", "gpt-5", None)
     if not torch.cuda.is_available():

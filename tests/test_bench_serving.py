@@ -73,8 +73,8 @@ def test_a_stand_in_reads_what_its_table_says(bench, tmp_path):
 
 
 def test_bad_input_is_one_sentence(bench):
-    for text, why in (("", "no list of rates"), ("1,x", "no list of rates"), ("1,0", "rates that are not above 0")):
-        with pytest.raises(bench.InputError, match=why):
+    for text in ("", "1,x", "0"):
+        with pytest.raises(bench.InputError, match="no list of rates"):
             bench.above_zero(text, "rates", "1,2")
 
 

@@ -134,7 +134,7 @@ def test_a_checkpoint_is_measured_under_its_name(home, ran):
         (["--methods", "rtn,magic"], "method 'magic' is unknown"),
         (["--bits", "1"], "1 bits cannot"),
         (["--bits", "two"], "'two' is no list of bits"),
-        (["--seeds", ""], "'' is no list of seeds"),
+        (["--seeds", ""], "no seed"),
         (["--samples", "0"], "samples of 0"),
         (["--text", "gone.txt"], "'gone.txt' cannot be read"),
         (["--devices", "cuda:99"], "device 'cuda:99'"),

@@ -23,7 +23,7 @@ from rich.console import Console
 from schedule import Schedule
 
 from mobiquant.config import InputError, Training
-from mobiquant.console import budgets, numbers
+from mobiquant.console import numbers
 
 out, err = Console(), Console(stderr=True)
 KNOWN = f"{methods.FLOAT}, {', '.join(methods.PEERS)}; ours: {', '.join(methods.RECIPES)}"
@@ -32,14 +32,14 @@ FETCHED = ("wikitext2", "c4", "ptb")
 TEXT = "builtin, wikitext2, c4, ptb, a .txt or .jsonl file, or wikitext2:FILE"
 
 
-def several(text: str) -> tuple[float, ...]:
-    """Budgets, or none."""
-    return tuple(budgets(text)) if text.strip() else ()
-
-
 def words(text: str) -> list[str]:
     """'rtn, gptq' -> ['rtn', 'gptq']."""
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def several(text: str, kind: Any = float, what: str = "bits") -> list[Any]:
+    """As `numbers`, but there may be none."""
+    return numbers(",".join(words(text)), what, "2,3,4", kind) if words(text) else []
 
 
 def pairs(options: list[str]) -> dict[str, Path]:
@@ -164,7 +164,7 @@ def compare(
     Example: python benchmarks/quality smollm2-135m --methods float,rtn,hqq,fast --max-windows 4
     """
     extra = dict(zip(methods.RECIPES, (fast_args, paper_args, full_args), strict=True))
-    whole, drawn = numbers(bits, "bits", "2,3,4", int), numbers(seeds, "seeds", "0,1,2", int)
+    whole, drawn = several(bits, int), several(seeds, int, "seeds")
     jobs = plan.jobs(
         words(methods_), whole, drawn, pairs(checkpoint or []),
         {name: tuple(shlex.split(given)) for name, given in extra.items()}, variants(full_args, samples) if ablations else {},
@@ -173,8 +173,8 @@ def compare(
     calibration, text = calibration or ["builtin"], text or ["builtin"]
     settings = plan.Settings(
         model, tuple(calibration), samples, sequence_length, drawn[0], group_size, tuple(text), window, max_windows,
-        several(fixed), several(routed), tuple(words(tasks)), several(task_bits), folder and str(folder), limit,
-        tuple(plan.stamp(name) for name in (model, *calibration, *text)),
+        tuple(several(fixed)), tuple(several(routed)), tuple(words(tasks)), tuple(several(task_bits)), folder and str(folder),
+        limit, tuple(plan.stamp(name) for name in (model, *calibration, *text)),
     )  # fmt: skip
     places = check(settings, devices, task_data)
     results = Schedule(settings, work.resolve(), job_minutes, say).run(jobs, places)

@@ -129,11 +129,13 @@ def jobs(
     if unknown:
         raise InputError(f"method '{unknown[0]}' is unknown: choose from {', '.join(known)}")
     wrong = [b for b in bits if not 2 <= b <= 8]
-    if wrong:
-        raise InputError(f"{wrong[0]} bits cannot be asked of the peers: give widths from 2 to 8")
+    if wrong or not bits:
+        raise InputError(f"{wrong[0] if wrong else 'no'} bits cannot be asked of the peers: give widths from 2 to 8")
     clash = set(checkpoints) & {name for name in known} or {name for name in checkpoints if not name.strip()}
     if clash:
         raise InputError(f"a checkpoint cannot be called '{clash.pop()}': give another NAME in --checkpoint NAME=DIR")
+    if not seeds:
+        raise InputError("there is no seed: give --seeds 0 or more of them")
     found = [Job("float", methods.FLOAT)] if methods.FLOAT in names else []
     for name in dict.fromkeys(names):
         if name in methods.PEERS:

@@ -136,7 +136,7 @@ def above_zero(text: str, what: str, example: str) -> tuple[float, ...]:
     """'1,2' -> (1.0, 2.0); raises InputError on anything else."""
     found = tuple(numbers(text, what, example, float))
     if min(found) <= 0:
-        raise InputError(f"'{text}' holds {what} that are not above 0: give others, such as {example}")
+        raise InputError(f"'{text}' is no list of {what} above 0: give others, such as {example}")
     return found
 
 
