@@ -85,7 +85,7 @@ class Sanitized(Command):
         subprocess.run([compiler, *checks, *objects, "-o", f"{self.to}/check", "-pthread"], check=True)
 
 
-HEADERS = ["types", "pool", "fields", "activations", "product", "read", "decoder"]
+HEADERS = ["types", "pool", "fields", "activations", "product", "read", "decoder", "descent"]
 HEADERS += [f"lanes_{name}" for name in ("plain", "avx2", "avx512", "neon")]
 setup(
     cmdclass={"build_ext": Build, "sanitize": Sanitized},

@@ -8,9 +8,20 @@ from helpers import SLICES, generator, normal, slice_lists, snr_db
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mobiquant import clip, config
+from mobiquant import clip, compensate, config
 from mobiquant import slices as s
 from mobiquant.compensate import Chooser, Grid, Problem, descend
+from mobiquant.kernels.cpu import library
+
+
+@pytest.fixture(params=["torch", "kernel"], autouse=True)
+def way(request, monkeypatch):
+    """How blocks of columns are done: by torch operators, and by the kernels where there are any."""
+    if request.param == "torch":
+        monkeypatch.setattr(compensate, "_fused", lambda code: None)
+    elif not library.available():
+        pytest.skip("the CPU kernels are not built: no C++ compiler")
+
 
 SHORT = [x for x in SLICES if sum(x) <= 6] + [(2, 1, 1), (3, 3), (1, 2, 1, 2), (4, 1, 1)]
 
@@ -140,8 +151,9 @@ def test_every_depth_may_have_its_own_inputs(slices):
     assert not torch.equal(descend(code, grid, shared, 1), descend(code, grid, problem, 1))
 
 
-def test_same_codes_every_time_and_inputs_untouched():
-    _, _, code, grid, problem = start((2, 1, 1, 2, 2))
+@pytest.mark.parametrize("rows", [1, 12])
+def test_same_codes_every_time_and_inputs_untouched(rows):
+    _, _, code, grid, problem = start((2, 1, 1, 2, 2), rows)
     kept, hessian, cross = code.clone(), problem.hessian.clone(), problem.cross.clone()
     first, again = descend(code, grid, problem, 2), descend(code, grid, problem, 2)
     assert torch.equal(first, again) and first.dtype == torch.uint8 and first.is_contiguous()

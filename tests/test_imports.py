@@ -18,7 +18,7 @@ FILES = sorted(HOME.rglob("*.py"))
 ORDER = (
     "_register|slices|progress|knob|kernels|kernels.cpu|kernels.cuda",
     "kernels.descent|kernels.grid|kernels.divergence|kernels.cpu.library",
-    "kernels.operators|kernels.cpu.product",
+    "kernels.operators|kernels.cpu.product|kernels.cpu.descent",
     "pack|clip|compensate|config",
     "router|console|kernels.cuda.compiler|serving.controller",
     "kernels.cuda.tiles",
@@ -150,7 +150,12 @@ def test_imports_point_downwards(path):
 
 def test_a_module_that_needs_torch_only_knows_nothing_of_the_package_but_slices_and_kernels():
     for name in ("slices", "pack", "clip", "compensate"):
-        assert {found for found, _ in imported(HOME / f"{name}.py")} <= {"slices", "kernels", "kernels.descent"}
+        assert {found for found, _ in imported(HOME / f"{name}.py")} <= {
+            "slices",
+            "kernels",
+            "kernels.descent",
+            "kernels.cpu.descent",
+        }
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: module_name(path) or "mobiquant")

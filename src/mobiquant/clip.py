@@ -14,6 +14,8 @@ from torch import Tensor
 
 from mobiquant import slices as s
 
+# weights that a CPU works on at once: all that is made of them on the way stays near
+IN_CACHE = 2**18
 RATIOS = (1.0, 0.9, 0.82, 0.75, 0.7, 0.65, 0.6, 0.55)
 
 
@@ -46,7 +48,11 @@ def search(
 
     `importance` is the mean square of each input feature, `depth_weights` the `lam_e`, one for each slice.
     """
-    columns = weight.shape[1]
+    assert weight.shape[1] == importance.shape[0]
+    if weight.device.type == "cpu" and weight.numel() > IN_CACHE:
+        settings = importance, slices, group_size, depth_weights, ratios
+        parts = [search(part, *settings) for part in weight.split(max(1, IN_CACHE // weight.shape[1]))]
+        return torch.cat([scale for scale, _ in parts]), torch.cat([zero for _, zero in parts])
     best_scale, best_zero = min_max(weight, slices, group_size, ratios[0])
     best_cost = torch.full_like(best_scale, float("inf"), dtype=torch.float32)
     for ratio in ratios:
@@ -62,5 +68,4 @@ def search(
         best_cost = torch.where(better, cost, best_cost)
         best_scale = torch.where(better, scale, best_scale)
         best_zero = torch.where(better, zero, best_zero)
-    assert columns == importance.shape[0]
     return best_scale, best_zero

@@ -13,11 +13,12 @@ gains; at 8 bits, where rounding alone is lossless, a few dB are paid for what t
 Why together: a base compensated alone and refined by plain residual slices is worse at 4 bits than at 2, since the
 refinement toward W undoes the compensation of the base.
 
-Trade-off: columns go one by one, so speed is bound by about fifteen small operations each; updates of the other columns are
-gathered in blocks of 64 and done as matrix products, and all tensors are transposed so that a column is contiguous. On CUDA
-the columns of a block are one launch (`kernels/descent.py`).
+Trade-off: columns go one by one, so speed is bound by about fifteen small operations each. What columns before and after a
+block of 64 add to its gradient is one matrix product, and all tensors are transposed so that a column is contiguous. The
+columns of a block are one launch on CUDA (`kernels/descent.py`), one call of C++ on a CPU (`kernels/cpu/descent.py`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -108,21 +109,28 @@ class Chooser:
 def descend(code: UInt8[Tensor, "N K"], grid: Grid, problem: Problem, sweeps: int = 1) -> UInt8[Tensor, "N K"]:
     """Coordinate descent over the columns, first to last, `sweeps` times, from any starting codes."""
     columns, work = code.shape[1], _Work(code, grid, problem)
-    for sweep in range(sweeps):
+    for _ in range(sweeps):
         for start in range(0, columns, BLOCK):
-            stop = min(start + BLOCK, columns)
-            moved = work.block(start, stop)
-            # the last sweep never looks back
-            rest = stop if sweep == sweeps - 1 else 0
-            work.gradient[:, rest:].baddbmm_(work.hessian[:, rest:, start:stop], moved)
+            work.block(start, min(start + BLOCK, columns))
     return work.chosen.T.contiguous()
+
+
+def _fused(code: Tensor) -> Callable[..., Tensor] | None:
+    """What does a block of columns at once where the codes lie; None where there is no such kernel."""
+    if kernels.usable(code):
+        from mobiquant.kernels.descent import block
+
+        return block
+    from mobiquant.kernels.cpu import descent
+
+    return descent.block if descent.usable(code) else None
 
 
 class _Work:
     """State of a descent, transposed so that a column is contiguous."""
 
     def __init__(self, code: UInt8[Tensor, "N K"], grid: Grid, problem: Problem):
-        device, columns, self.slices = code.device, code.shape[1], grid.slices
+        device, columns = code.device, code.shape[1]
         self.hessian = problem.hessian.expand(len(grid.slices), -1, -1)  # [E, K, K]
         diagonal = self.hessian.diagonal(dim1=1, dim2=2)  # [E, K]
         # features that are never active get a floor: nothing pulls at their columns, which keep their codes
@@ -133,31 +141,39 @@ class _Work:
         shifts = [sum(grid.slices) - w for w in s.bounds(grid.slices)]
         self.levels = torch.stack([s.level(codes >> shift, grid.slices, d + 1) for d, shift in enumerate(shifts)])  # [E, codes]
         self.scale = s.expand(grid.scale.float(), grid.group_size, columns).T.contiguous()  # [K, N]
-        self.chosen = code.T.contiguous()  # [K, N]
-        self.gradient = self.hessian @ grid.read(code).mT - problem.cross.mT  # [E, K, N]
-        self.fused = None
-        if kernels.usable(code):
-            from mobiquant.kernels import descent
-
-            self.fused, self.hessian, self.gradient = descent.block, self.hessian.contiguous(), self.gradient.contiguous()
+        # a copy even where there is one row, whose transpose lies as it is
+        self.chosen = code.T.clone(memory_format=torch.contiguous_format)  # [K, N]
+        self.reads = grid.read(code).mT.contiguous()  # [E, K, N]
+        self.cross = problem.cross.expand(len(grid.slices), -1, -1).mT  # [E, K, N]
+        self.fused = _fused(code)
+        if self.fused is not None:
+            # on a GPU depths do not share a matrix
+            self.hessian = self.hessian.contiguous() if code.is_cuda else self.hessian
             coarse = len(grid.slices) - self.choose.coarse
             self.tails = (
                 torch.nn.functional.pad(self.choose.tails, (self.choose.coarse, 0)).contiguous() if coarse else self.weights
             )
 
-    def block(self, start: int, stop: int) -> Float[Tensor, "E B N"]:
-        """Choose the codes of the columns from `start` to `stop` anew; returns by how much their weights moved."""
-        if self.fused is not None:
+    def block(self, start: int, stop: int) -> None:
+        """Choose the codes of the columns from `start` to `stop` anew."""
+        columns = slice(start, stop)
+        gradient = torch.baddbmm(self.cross[:, columns], self.hessian[:, columns], self.reads, beta=-1)  # [E, B, N]
+        if self.fused is None:
+            moved = self._plain(columns, gradient)
+        else:
             widths, base, bits = self.choose.widths, self.choose.base, self.choose.search_bits
-            state = self.gradient, self.hessian, self.chosen, self.scale, self.diagonal, self.weights, self.tails
-            return self.fused(*state, widths, base, bits, start, stop, BLOCK)[:, : stop - start]
-        columns, rows, depths = slice(start, stop), self.scale.shape[1], len(self.slices)
+            state = self.hessian, self.chosen, self.scale, self.diagonal, self.weights, self.tails
+            moved = self.fused(gradient, *state, widths, base, bits, start, stop)
+        self.reads[:, columns] += moved
+
+    def _plain(self, columns: slice, gradient: Float[Tensor, "E B N"]) -> Float[Tensor, "E B N"]:
+        """`block` by torch operators; returns by how much weights moved."""
         corner, scale = self.hessian[:, columns, columns].contiguous(), self.scale[columns]
-        moved = torch.zeros(depths, stop - start, rows, device=scale.device)
+        moved = torch.zeros_like(gradient)
         step = 1 / (self.diagonal[columns, :, None] * scale[:, None])  # [B, E, N]
-        old = self.levels.index_select(1, self.chosen[columns].flatten().long()).view(depths, -1, rows)
-        for i, j in enumerate(range(start, stop)):
-            slope = torch.baddbmm(self.gradient[:, j, None], corner[:, i, None, :i], moved[:, :i])[:, 0]  # [E, N]
+        old = self.levels.index_select(1, self.chosen[columns].flatten().long()).view(gradient.shape)
+        for i, j in enumerate(range(columns.start, columns.stop)):
+            slope = torch.baddbmm(gradient[:, i, None], corner[:, i, None, :i], moved[:, :i])[:, 0]  # [E, N]
             code = self.choose(torch.addcmul(old[:, i], slope, step[i], value=-1), j)
             torch.sub(self.levels.index_select(1, code), old[:, i], out=moved[:, i]).mul_(scale[i])
             self.chosen[j] = code

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mobiquant import blocks, calibrate, checkpoint, integration
 from mobiquant.calibrate import distill, full, nested, thresholds
 from mobiquant.config import Calibration, Checkpoint, Format, InputError, Training
+from mobiquant.kernels.cpu import library
 
 GB = 1e9
 
@@ -136,6 +137,8 @@ def _work(
         shapes = [blocks.weight_of(block[name]).shape for name in names]
         rows, k = sum(shape[0] for shape in shapes), shapes[0][1]
         flop += tokens * (2 * rows * k * passes + 2 * k * k * (2 * streams - 1))
+        # targets of the descent, and its gradients
+        flop += 2 * rows * k * k * (streams + len(form.slices) * settings.sweeps)
         columns += k
         # codes, gradients and reads of all depths in fp32, moments and their sums
         largest = max(largest, 4.0 * len(form.slices) * (4 * rows * k + 3 * k * k) + 8.0 * k * k * streams)
@@ -175,16 +178,19 @@ def _add_training(
 
 
 def _seconds(work: dict[str, float], device: torch.device) -> float:
-    """Products at the rate measured now, plus coordinate descent by the column and by the weight."""
+    """Products at the rate measured now, plus what goes by the weight and, in a descent without kernels, by the column."""
     a, b = torch.randn(1024, 1024, device=device), torch.randn(1024, 1024, device=device)
     best = math.inf
     for _ in range(5):
         started = time.perf_counter()
         (a @ b).sum().item()
         best = min(best, time.perf_counter() - started)
-    on_cpu = device.type == "cpu"
-    # measured: fifteen small operations a column; element-wise work of clip, descent and routers by the weight
-    return work["flop"] * best / 2**31 + work["columns"] * 2.5e-4 + work["weights"] * (5e-7 if on_cpu else 1e-8) + 15
+    products = work["flop"] * best / 2**31
+    if device.type != "cpu":
+        return products + work["columns"] * 2.5e-4 + work["weights"] * 1e-8 + 15
+    # measured: fifteen small operations a column; element-wise work of clip and routers by the weight; attention is not counted
+    columns = 0.0 if library.available() else work["columns"] * 2.5e-4
+    return 1.25 * products + columns + work["weights"] * 5e-7 + 15
 
 
 def _used() -> float:

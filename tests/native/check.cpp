@@ -2,6 +2,7 @@
 // past its end is found; results are compared with the definition of the product.
 //
 //     make native
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -20,6 +21,7 @@ int mobiquant_use(const char* name);
 int mobiquant_product(const Weight* weight, const float* x, int tokens, const signed char* bits, float* y, int threads);
 int mobiquant_decode(const Decoder* model, const Reading* reading, int token, int position, float* logits, double* counts,
                      int threads);
+void mobiquant_descend(const Descent* work, int threads);
 }
 
 namespace {
@@ -170,6 +172,100 @@ void decoding(const char* name) {
     }
 }
 
+// Nearest code of a column by the definition, in double: all cells of `search_bits`, then the cell of each finer depth's mean.
+int nearest(const Descent& d, const double* target, int column) {
+    const auto size = [&](int depth) { return std::ldexp(1.0, d.base - d.widths[depth]); };
+    int coarse = 1, code = 0;
+    while (d.widths[coarse - 1] != d.search_bits) ++coarse;
+    const float* const tail = d.tails + column * (d.depths - coarse) * d.depths;
+    const auto mean = [&](int depth) {
+        double sum = 0;
+        for (int e = coarse; e < d.depths; ++e) sum += tail[(depth - coarse) * d.depths + e] * target[e];
+        return sum;
+    };
+    double best = INFINITY;
+    for (int c = 0; c < 1 << d.search_bits; ++c) {
+        double cost = 0;
+        for (int e = 0; e < coarse; ++e) {
+            const double gap = ((c >> (d.search_bits - d.widths[e])) + 0.5) * size(e) - target[e];
+            cost += d.weights[column * d.depths + e] * gap * gap;
+        }
+        if (coarse < d.depths) {
+            const double low = c * size(coarse - 1) + size(coarse) / 2, high = (c + 1) * size(coarse - 1) - size(coarse) / 2;
+            const double gap = std::fmax(0, std::fmax(low - mean(coarse), mean(coarse) - high));
+            for (int e = coarse; e < d.depths; ++e) cost += d.weights[column * d.depths + e] * gap * gap;
+        }
+        if (cost < best) best = cost, code = c;
+    }
+    for (int e = coarse; e < d.depths; ++e) {
+        const int low = code << (d.widths[e] - d.widths[e - 1]), high = low + (1 << (d.widths[e] - d.widths[e - 1])) - 1;
+        code = static_cast<int>(std::fmin(std::fmax(std::floor(mean(e) / size(e)), low), high));
+    }
+    return code;
+}
+
+void descents(const char* name) {
+    const std::vector<std::vector<int>> lists = {{2, 3, 4, 6, 8}, {2, 4}, {4, 8}, {7, 8}, {8}, {1, 2, 3, 4, 5, 6, 7, 8}};
+    for (const auto& widths : lists) {
+        for (const int rows : {1, 16, 37}) {
+            const int columns = 70, depths = static_cast<int>(widths.size()), total = widths.back();
+            int coarse = 1;
+            while (coarse < depths && widths[coarse] <= 4) ++coarse;
+            const auto all = [&](size_t count, float most, float least) {
+                Exact<float> made(count);
+                for (size_t k = 0; k < count; ++k) made.data[k] = std::fmin(std::fmax(normal(), least), most);
+                return made;
+            };
+            const size_t part = static_cast<size_t>(columns) * rows;
+            const auto gradient = all(static_cast<size_t>(depths) * DESCENT_COLUMNS * rows, 9, -9), hessian = all(depths * columns * columns, 0.1f, -0.1f);
+            const auto scale = all(part, 2, 0.1f), diagonal = all(columns * depths, 3, 1), weights = all(columns * depths, 3, 0.1f);
+            const auto tails = all(static_cast<size_t>(columns) * (depths - coarse) * depths, 0.5f, 0.1f);
+            for (const int start : {0, 64}) {
+                Exact<uint8_t> chosen(part);
+                const int count = start ? columns - start : 64;
+                Exact<float> moved(static_cast<size_t>(depths) * count * rows);
+                for (size_t k = 0; k < part; ++k) chosen.data[k] = static_cast<uint8_t>(chance() & ((1 << total) - 1));
+                const std::vector<uint8_t> before(chosen.data, chosen.data + part);
+                Descent d{gradient.data, hessian.data, scale.data, diagonal.data, weights.data, tails.data, chosen.data, moved.data};
+                d.hessian_step = columns * columns, d.depths = depths, d.columns = columns, d.rows = rows, d.base = widths[0];
+                d.search_bits = widths[coarse - 1], d.start = start, d.stop = start + count;
+                std::copy(widths.begin(), widths.end(), d.widths);
+                mobiquant_descend(&d, 1 + rows % 3);
+                int others = 0, wrong = 0;
+                for (int column = 0; column < columns; ++column) {
+                    for (int row = 0; row < rows; ++row) {
+                        const size_t at = static_cast<size_t>(column) * rows + row;
+                        if (column < d.start || column >= d.stop) {
+                            others += chosen.data[at] != before[at];
+                            continue;
+                        }
+                        double target[MAX_BITS];
+                        for (int e = 0; e < depths; ++e) {
+                            const auto level = [&](int code) {
+                                return ((code >> (total - widths[e])) + 0.5) * std::ldexp(1.0, widths[0] - widths[e]);
+                            };
+                            const auto place = [&](int k) { return (static_cast<size_t>(e) * count + k - start) * rows + row; };
+                            double slope = gradient.data[place(column)];
+                            for (int k = d.start; k < column; ++k) {
+                                slope += static_cast<double>(hessian.data[(static_cast<size_t>(e) * columns + column) * columns + k]) *
+                                         moved.data[place(k)];
+                            }
+                            target[e] = level(before[at]) - slope / (diagonal.data[column * depths + e] * scale.data[at]);
+                            const double by = (level(chosen.data[at]) - level(before[at])) * scale.data[at];
+                            const float said = moved.data[place(column)];
+                            others += std::fabs(said - by) > 1e-4 * (1 + std::fabs(by));
+                        }
+                        wrong += chosen.data[at] != nearest(d, target, column);
+                    }
+                }
+                expect(!others, std::string(name) + " descent moved");
+                // ties in fp32
+                expect(wrong <= 1 + 0.002 * rows * (d.stop - d.start), std::string(name) + " descent " + std::to_string(wrong));
+            }
+        }
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -178,6 +274,7 @@ int main() {
         expect(mobiquant_use(name), name);
         products(name);
         decoding(name);
+        descents(name);
         std::printf("%s checked\n", name);
     }
     expect(!mobiquant_use("none"), "an unknown instruction set");

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 16
+# `compensate.BLOCK`: columns of a block at most
+ROWS, COLUMNS = 16, 64
 
 
 @triton.jit
@@ -69,8 +70,7 @@ def _block(
     for d in tl.static_range(E):
         width = tl.where(e == d, WIDTHS[d], width)
     cell = tl.exp2((BASE - width).to(tl.float32))
-    # 64-bit: E K N passes 2^31 in large layers
-    place = depth.to(tl.int64) * K * N + (start + k) * N + row[:, None, :]
+    place = (depth * count + k).to(tl.int64) * N + row[:, None, :]
     g = tl.load(gradient + place, mask=(depth < E) & (k < count) & inside[:, None, :], other=0.0)  # [EP, B, R]
     # a bound known when compiling, since the interpreter on a CPU takes no other
     for i in range(0, B):
@@ -87,27 +87,28 @@ def _block(
         code = _choose(target, weight, cell, width, mine, WIDTHS, BASE, COARSE, SEARCH, E, R, e, real)
         tl.store(chosen + column * N + row, code.to(tl.uint8), mask=reached)
         delta = (((code >> (TOTAL - width)).to(tl.float32) + 0.5) * cell - level) * s  # [EP, R]
-        tl.store(moved + (e.to(tl.int64) * B + i) * N + row, delta, mask=real & reached)
+        tl.store(moved + (e * count + i).to(tl.int64) * N + row, delta, mask=real & reached)
         h = tl.load(hessian + (depth.to(tl.int64) * K + column) * K + start + k, mask=(depth < E) & (k < count), other=0.0)
         g += h * delta[:, None, :]
 
 
 def block(
     gradient: Tensor, hessian: Tensor, chosen: Tensor, scale: Tensor, diagonal: Tensor, weights: Tensor, tails: Tensor,
-    widths: Sequence[int], base: int, search_bits: int, start: int, stop: int, size: int,
+    widths: Sequence[int], base: int, search_bits: int, start: int, stop: int,
 ) -> Tensor:  # fmt: skip
-    """Choose the codes of the columns `start` to `stop` anew, in place in `chosen` uint8 [K, N]; returns what they moved.
+    """Choose the codes of the columns `start` to `stop`, B of them, anew, in place in `chosen` uint8 [K, N].
 
-    Shapes: gradient [E, K, N], hessian [E, K, K], scale [K, N], diagonal and weights [K, E], tails [K, E - coarse, E], all
-    contiguous fp32 on one CUDA device; the result is [E, size, N], zero beyond the block.
+    Shapes: gradient [E, B, N], hessian [E, K, K], scale [K, N], diagonal and weights [K, E], tails [K, E - coarse, E], all
+    contiguous fp32 on one CUDA device. Returns by how much the weights moved, [E, B, N].
     """
-    depths, columns, rows = gradient.shape
+    columns, rows = chosen.shape
+    depths, count, _ = gradient.shape
     coarse = list(widths).index(search_bits) + 1
-    moved = torch.zeros(depths, size, rows, device=gradient.device)
+    moved = torch.empty_like(gradient)
     grid = (triton.cdiv(rows, ROWS),)
     _block[grid](
-        gradient, hessian, chosen, scale, diagonal, weights, tails, moved, columns, rows, start, stop - start,
+        gradient, hessian, chosen, scale, diagonal, weights, tails, moved, columns, rows, start, count,
         WIDTHS=tuple(widths), BASE=base, COARSE=coarse, SEARCH=search_bits,
-        E=depths, EP=triton.next_power_of_2(depths), B=size, R=ROWS, num_warps=8,
+        E=depths, EP=triton.next_power_of_2(depths), B=COLUMNS, R=ROWS, num_warps=8,
     )  # fmt: skip
     return moved

@@ -3,10 +3,11 @@
 #include "lanes_avx2.h"
 //
 #include "decoder.h"
+#include "descent.h"
 #include "read.h"
 
 namespace mobiquant {
 
-const Table AVX2 = {"avx2", product<Avx2>, read<Avx2>, decode<Avx2>};
+const Table AVX2 = {"avx2", product<Avx2>, read<Avx2>, decode<Avx2>, descend<Avx2>};
 
 }  // namespace mobiquant

@@ -3,10 +3,11 @@
 #include "lanes_avx512.h"
 //
 #include "decoder.h"
+#include "descent.h"
 #include "read.h"
 
 namespace mobiquant {
 
-const Table AVX512 = {"avx512", product<Avx512>, read<Avx512>, decode<Avx512>};
+const Table AVX512 = {"avx512", product<Avx512>, read<Avx512>, decode<Avx512>, descend<Avx512>};
 
 }  // namespace mobiquant

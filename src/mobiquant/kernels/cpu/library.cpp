@@ -62,11 +62,11 @@ using namespace mobiquant;
 extern "C" {
 
 // Counted up whenever a structure or a function here changes; Python refuses a library of another number.
-EXPORTED int mobiquant_version() { return 1; }
+EXPORTED int mobiquant_version() { return 2; }
 
-// Sizes of Weight, Router, Reading, Block and Decoder, for Python to compare with its own.
+// Sizes of Weight, Router, Reading, Block, Decoder and Descent, for Python to compare with its own.
 EXPORTED void mobiquant_sizes(int* sizes) {
-    const int own[5] = {sizeof(Weight), sizeof(Router), sizeof(Reading), sizeof(Block), sizeof(Decoder)};
+    const int own[6] = {sizeof(Weight), sizeof(Router), sizeof(Reading), sizeof(Block), sizeof(Decoder), sizeof(Descent)};
     std::memcpy(sizes, own, sizeof own);
 }
 
@@ -106,6 +106,12 @@ EXPORTED int mobiquant_decode(const Decoder* model, const Reading* reading, int 
     find();
     set_threads(thread_count);
     return chosen->decode(*model, *reading, token, position, logits, counts);
+}
+
+EXPORTED void mobiquant_descend(const Descent* work, int thread_count) {
+    find();
+    set_threads(thread_count);
+    chosen->descend(*work);
 }
 
 }  // extern "C"

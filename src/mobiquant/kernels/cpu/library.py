@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-VERSION = 1
+VERSION = 2
 NAME = "_cpu"
 MAX_BITS = 8
 LANE = 32
@@ -78,6 +78,17 @@ class Decoder(ctypes.Structure):
     )
 
 
+class Descent(ctypes.Structure):
+    """`Descent` of `types.h`."""
+
+    _fields_ = (
+        *((name, pointer) for name in ("gradient", "hessian", "scale", "diagonal", "weights", "tails", "chosen", "moved")),
+        ("hessian_step", ctypes.c_int64),
+        ("widths", integer * MAX_BITS),
+        *((name, integer) for name in ("depths", "columns", "rows", "base", "search_bits", "start", "stop")),
+    )
+
+
 @lru_cache(maxsize=1)
 def load() -> ctypes.CDLL | None:
     """The library, or None where it was not built; raises RuntimeError for a build of other sources."""
@@ -85,15 +96,16 @@ def load() -> ctypes.CDLL | None:
     if not files:
         return None
     found = ctypes.CDLL(str(files[0]))
-    sizes = (ctypes.c_int * 5)()
+    sizes = (ctypes.c_int * 6)()
     found.mobiquant_sizes(sizes)
-    own = [ctypes.sizeof(kind) for kind in (Weight, Router, Reading, Block, Decoder)]
+    own = [ctypes.sizeof(kind) for kind in (Weight, Router, Reading, Block, Decoder, Descent)]
     if found.mobiquant_version() != VERSION or list(sizes) != own:
         raise RuntimeError(f"'{files[0].name}' was built from other sources than these: pip install mobiquant again")
     found.mobiquant_instructions.restype = ctypes.c_char_p
     found.mobiquant_product.argtypes = (pointer, pointer, integer, pointer, pointer, integer)
     found.mobiquant_read.argtypes = (pointer, integer, integer, pointer, integer)
     found.mobiquant_decode.argtypes = (pointer, pointer, integer, integer, pointer, pointer, integer)
+    found.mobiquant_descend.argtypes = (pointer, integer)
     wanted = os.environ.get(INSTRUCTIONS)
     if wanted:
         _use(found, wanted)

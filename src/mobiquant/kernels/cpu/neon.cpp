@@ -3,10 +3,11 @@
 #include "lanes_neon.h"
 //
 #include "decoder.h"
+#include "descent.h"
 #include "read.h"
 
 namespace mobiquant {
 
-const Table NEON = {"neon", product<Neon>, read<Neon>, decode<Neon>};
+const Table NEON = {"neon", product<Neon>, read<Neon>, decode<Neon>, descend<Neon>};
 
 }  // namespace mobiquant

@@ -3,10 +3,11 @@
 #include "lanes_plain.h"
 //
 #include "decoder.h"
+#include "descent.h"
 #include "read.h"
 
 namespace mobiquant {
 
-const Table PLAIN = {"plain", product<Plain>, read<Plain>, decode<Plain>};
+const Table PLAIN = {"plain", product<Plain>, read<Plain>, decode<Plain>, descend<Plain>};
 
 }  // namespace mobiquant

@@ -62,6 +62,22 @@ struct Decoder {
     float epsilon, attention_scale;
 };
 
+// columns of a block of a descent at most
+constexpr int DESCENT_COLUMNS = 64;
+
+// A block of columns, `start` to `stop`, of a descent over the codes of a weight [rows, columns]; whatever has rows is transposed.
+struct Descent {
+    const float *gradient, *hessian;  // [depths, stop - start, rows], [depths, columns, columns]: a depth is `hessian_step` further
+    const float* scale;               // [columns, rows]
+    const float *diagonal, *weights;  // [columns, depths]
+    const float* tails;               // [columns, depths of more than `search_bits`, depths]
+    uint8_t* chosen;                  // [columns, rows]
+    float* moved;                     // [depths, stop - start, rows]
+    int64_t hessian_step;
+    int32_t widths[MAX_BITS];
+    int32_t depths, columns, rows, base, search_bits, start, stop;
+};
+
 // What an instruction set brings; one table for each in its own file.
 struct Table {
     const char* name;
@@ -71,6 +87,8 @@ struct Table {
     void (*read)(const Weight& weight, int bits, int narrow, void* out);
     // logits of the token after `token`, which stands at `position`; adds the weights read at each depth to `counts`
     int (*decode)(const Decoder& model, const Reading& reading, int token, int position, float* logits, double* counts);
+    // choose the codes of the block anew, in place; says in `moved` by how much that moved the weights
+    void (*descend)(const Descent& work);
 };
 
 extern const Table PLAIN;
