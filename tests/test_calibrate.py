@@ -16,7 +16,7 @@ from mobiquant import slices as s
 from mobiquant.budget import checkpoint_of
 from mobiquant.calibrate import fast, routers
 from mobiquant.calibrate.streams import FLOAT, Stage, Streams, fixed
-from mobiquant.config import Calibration, Format, default_routers
+from mobiquant.config import SWEEPS, Calibration, Format, default_routers
 
 BUDGETS = (2.25, 3, 3.5, 5, 7)
 
@@ -211,6 +211,13 @@ def test_students_without_drift_are_solved_as_the_float_model_is():
     drifted = fast.solve(weight, *moments(x, {fixed(1): x + normal(300, 24, seed=3)}), form, settings)
     assert torch.equal(plain[1], same[1]) and torch.equal(plain[0].scale, same[0].scale)
     assert not torch.equal(plain[1], drifted[1])
+
+
+def test_codes_that_are_trained_after_start_from_one_sweep():
+    sweeps = {recipe: Calibration(recipe=recipe).resolved((2, 2), on_cpu=True).sweeps for recipe in ("fast", "paper", "full")}
+    assert sweeps == {"fast": SWEEPS, "paper": 1, "full": 1} and SWEEPS > 1
+    for recipe in ("fast", "full"):
+        assert [Calibration(recipe=recipe, sweeps=n).resolved((2, 2), on_cpu=True).sweeps for n in (0, 5)] == [0, 5]
 
 
 def test_coordinate_descent_lowers_the_output_error_of_every_small_depth():

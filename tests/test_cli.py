@@ -1,5 +1,6 @@
 """The command as a user calls it: verbs, streams, exit codes, and what bad input leaves behind."""
 
+import ctypes
 import errno
 import json
 import shutil
@@ -11,6 +12,7 @@ from unittest import mock
 import pytest
 import small
 import torch
+from helpers import unchecked
 from small import quantize, run
 from transformers import BertConfig, BertModel
 
@@ -296,3 +298,19 @@ def test_steps_of_the_full_recipe_are_those_of_its_settings():
     shown = inspect.signature(cli.quantize).parameters
     for name in ("block_steps", "distill_steps", "routing_steps", "budget_minutes", "sensitivity", "whole_text"):
         assert shown[name].default == getattr(Training(), name)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="no glibc")
+def test_what_is_freed_is_kept_for_the_next_large_tensor():
+    counts = (
+        "import resource\n"
+        "from mobiquant.console import keep_freed_memory\n"
+        "def pages():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    for _ in range(10): bytearray(2**27)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "first = pages()\nkeep_freed_memory()\nbytearray(2**27)\nprint(first, pages())"
+    )
+    before, after = map(int, unchecked(counts).stdout.split())
+    # 128 MB are 32768 pages, or 64 huge ones
+    assert before >= 640 and after < before / 10

@@ -30,7 +30,7 @@ def folder(tmp_path_factory, all_cores):
     """The checkpoint, from as few tokens as still make one."""
     folder = tmp_path_factory.mktemp("smollm2") / "checkpoint"
     # as a user would, and without the type checks of the tests, which double the time of tight loops
-    settings = ["--group-size", "64", "--samples", "2", "--sequence-length", "128", "--device", "cpu"]
+    settings = ["--group-size", "64", "--samples", "2", "--sequence-length", "128", "--sweeps", "1", "--device", "cpu"]
     command = [sys.executable, "-m", "mobiquant", "quantize", integration.DEMO_MODEL, "--output", str(folder), *settings]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": str(CORES)}
     subprocess.run(command, check=True, env=environment)

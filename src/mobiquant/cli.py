@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mobiquant.console import budgets, err, out, quiet, show, show_rows, widths
+from mobiquant.console import budgets, err, keep_freed_memory, out, quiet, show, show_rows, widths
 from mobiquant.progress import bars
 from mobiquant.serving.command import serve
 
@@ -95,7 +95,7 @@ def quantize(
     routers: Annotated[str | None, typer.Option(help="per-block (usual), per-input (for recipe paper) or per-linear.")] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the samples in each stage of the paper recipe.")] = 20,
     target_bits: Annotated[float, typer.Option(help="Average bits that the paper recipe trains its routers for.")] = 3.0,
-    sweeps: Annotated[int, typer.Option(help="Coordinate-descent passes of the fast recipe.")] = 1,
+    sweeps: Annotated[int | None, typer.Option(help="Coordinate-descent passes [fast: 3; full: 1].")] = None,
     block_steps: BlockSteps = None,
     distill_steps: Annotated[int, typer.Option(help="Full recipe: steps end to end, 0 to leave it out.")] = 1300,
     mixed: Mixed = True,
@@ -131,10 +131,10 @@ def quantize(
     checkpoint.check_output(output, overwrite)
     target = calibrate.pick_device(device)
     quiet()
+    keep_freed_memory()
     if dry_run:
-        return show(
-            estimate.estimate(model, form, chosen.resolved(form.slices, target.type == "cpu"), target, trained), as_json
-        )
+        resolved = chosen.resolved(form.slices, target.type == "cpu")
+        return show(estimate.estimate(model, form, resolved, target, trained), as_json)
     with bars(err, lines=True) as report:
         made = calibrate.quantize(
             model, calibration=calibration, recipe=recipe, format=form, device=device, progress=report,
@@ -364,6 +364,7 @@ def demo(
     from mobiquant.demo import demo as run
 
     quiet()
+    keep_freed_memory()
     with bars(err, lines=True) as report:
         result = run(output, report)
     if as_json:

@@ -1,12 +1,16 @@
-"""What verbs of the command line share: the two consoles, lists of numbers, and results as tables or JSON."""
+"""What verbs of the command line share: the two consoles, memory, lists of numbers, and results as tables or JSON."""
 
+import ctypes
 import json
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
+# `M_MMAP_THRESHOLD` and `M_TRIM_THRESHOLD` of glibc's malloc.h
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
 out, err = Console(), Console(stderr=True)
 Number = TypeVar("Number", int, float)
 
@@ -17,6 +21,20 @@ def quiet() -> None:
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep up to 2 GB of what is freed; elsewhere nothing happens.
+
+    It gives the memory of large tensors back at once, and the system clears it page by page for the next one of that size: a
+    tenth of the time of `quantize` on a CPU.
+    """
+    if sys.platform != "linux":
+        return
+    found = getattr(ctypes.CDLL(None), "mallopt", None)
+    if found is not None:
+        for parameter in (MMAP_THRESHOLD, TRIM_THRESHOLD):
+            found(parameter, 2**31 - 1)
 
 
 def numbers(text: str, what: str, example: str, kind: Callable[[str], Number]) -> list[Number]:

@@ -138,7 +138,7 @@ def _work(
         rows, k = sum(shape[0] for shape in shapes), shapes[0][1]
         flop += tokens * (2 * rows * k * passes + 2 * k * k * (2 * streams - 1))
         # targets of the descent, and its gradients
-        flop += 2 * rows * k * k * (streams + len(form.slices) * settings.sweeps)
+        flop += 2 * rows * k * k * (streams + len(form.slices) * (settings.sweeps or 0))
         columns += k
         # codes, gradients and reads of all depths in fp32, moments and their sums
         largest = max(largest, 4.0 * len(form.slices) * (4 * rows * k + 3 * k * k) + 8.0 * k * k * streams)
@@ -150,7 +150,7 @@ def _work(
         "streams": 4.0 * width * (tokens * (streams + 1) + measured),
         "block": 3 * 4.0 * weights + largest + 4.0 * batch * 8 * width,
         "flop": len(stack) * (flop + measured * 2 * weights),
-        "columns": len(stack) * columns * settings.sweeps,
+        "columns": len(stack) * columns * (settings.sweeps or 0),
         "weights": len(stack) * weights,
     }
 

@@ -97,7 +97,7 @@ def solve(
     by_depth = [fixed(d) if fixed(d) in own else FLOAT for d in range(1, len(form.slices) + 1)]
     problem = compensate.Problem(torch.stack([hessians[r] for r in by_depth]), torch.stack([crosses[r] for r in by_depth]), lam)
     code = s.encode(weight, scale, zero, form.slices, form.group_size)
-    return grid, compensate.descend(code, grid, problem, settings.sweeps)
+    return grid, compensate.descend(code, grid, problem, settings.sweeps or 0)
 
 
 def install(stage: Stage, names: list[str], grid: compensate.Grid, code: Tensor, form: Format, place: int) -> list[MobiLinear]:
