@@ -105,3 +105,11 @@ def test_importance_of_another_length_is_refused():
         clip.search(normal(4, 16), torch.ones(15), (2, 2), 8, (1.0, 1.0))
     with pytest.raises(ValueError):
         clip.search(normal(4, 16), torch.ones(16), (2, 2), 8, (1.0,))
+
+
+@pytest.mark.parametrize("at_once", [1, 100, 359])
+def test_pieces_give_what_the_whole_gives(monkeypatch, at_once):
+    weight, settings = normal(9, 40, seed=1), (normal(40, seed=2).square(), (2, 1, 1), 16, (1.0, 3.0, 9.0))
+    whole = clip.search(weight, *settings)
+    monkeypatch.setattr(clip, "IN_CACHE", at_once)
+    assert all(torch.equal(one, other) for one, other in zip(clip.search(weight, *settings), whole, strict=True))

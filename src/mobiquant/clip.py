@@ -49,9 +49,10 @@ def search(
     `importance` is the mean square of each input feature, `depth_weights` the `lam_e`, one for each slice.
     """
     assert weight.shape[1] == importance.shape[0]
-    if weight.device.type == "cpu" and weight.numel() > IN_CACHE:
+    rows = max(1, IN_CACHE // weight.shape[1])
+    if weight.device.type == "cpu" and weight.shape[0] > rows:
         settings = importance, slices, group_size, depth_weights, ratios
-        parts = [search(part, *settings) for part in weight.split(max(1, IN_CACHE // weight.shape[1]))]
+        parts = [search(part, *settings) for part in weight.split(rows)]
         return torch.cat([scale for scale, _ in parts]), torch.cat([zero for _, zero in parts])
     best_scale, best_zero = min_max(weight, slices, group_size, ratios[0])
     best_cost = torch.full_like(best_scale, float("inf"), dtype=torch.float32)
