@@ -49,5 +49,22 @@ def backend(request, monkeypatch):
         monkeypatch.setattr(matmul, "_only_exact", False)
 
 
+def pytest_generate_tests(metafunc):
+    if "instructions" in metafunc.fixturenames:
+        from mobiquant.kernels.cpu import library
+
+        metafunc.parametrize("instructions", library.instructions(), indirect=True)
+
+
+@pytest.fixture
+def instructions(request):
+    """Every instruction set of this machine in turn, for the CPU kernels."""
+    from mobiquant.kernels.cpu import library
+
+    library.use(request.param)
+    yield request.param
+    library.use(library.instructions()[-1])
+
+
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))

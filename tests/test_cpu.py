@@ -24,13 +24,6 @@ GROUPS = (32, 64, 96, 128, 4096)
 SHAPES = ((24, 40, 32), (9, 576, 64), (16, 576, 64), (8, 1536, 64), (13, 1000, 96), (5, 3000, 128), (1, 8, 32), (6, 64, 32))
 
 
-@pytest.fixture(params=SETS)
-def instructions(request):
-    library.use(request.param)
-    yield request.param
-    library.use(SETS[-1])
-
-
 def noise_db(x, weight, depth, y):
     """Signal to noise against the size of the terms: a sum that cancels has less signal than they have."""
     terms = torch.stack([x[t].float().abs() @ weight.read(int(d)).abs().T for t, d in enumerate(depth)])

@@ -32,13 +32,6 @@ def model(request, tmp_path_factory):
     return tiny.quantize(tmp_path_factory.mktemp(request.param), made, format=Format(group_size=32, routers=routers))
 
 
-@pytest.fixture(params=library.instructions())
-def instructions(request):
-    library.use(request.param)
-    yield request.param
-    library.use(library.instructions()[-1])
-
-
 @torch.inference_mode()
 def test_steps_give_the_logits_of_the_model(model, instructions):
     ids = tiny.tokens(1, 20)

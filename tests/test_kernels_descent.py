@@ -7,7 +7,7 @@ from test_compensate import objective, start
 from mobiquant import compensate
 from mobiquant.kernels.cpu import library
 
-LISTS = [(2, 1, 1, 2, 2), (2, 2, 2, 2), (2, 2), (4, 4), (3, 3, 2), (2, 1, 1, 1, 1, 1, 1), (7, 1), (1, 1), (8,), (1,) * 8]
+LISTS = [(2, 1, 1, 2, 2), (2, 2, 2, 2), (2, 2), (4, 4), (3, 3, 2), (2, 1, 1, 1, 1, 1, 1), (7, 1), (1, 1)]
 SETS = library.instructions()
 on_cpu = pytest.mark.skipif(not SETS, reason="the CPU kernels are not built: no C++ compiler")
 
@@ -24,33 +24,26 @@ def slow(monkeypatch):
     return descend
 
 
-@pytest.fixture(params=SETS)
-def instructions(request):
-    library.use(request.param)
-    yield request.param
-    library.use(SETS[-1])
-
-
 def on_gpu(code, grid, problem):
     there = compensate.Grid(grid.scale.cuda(), grid.zero.cuda(), grid.slices, grid.group_size)
     return code.cuda(), there, compensate.Problem(problem.hessian.cuda(), problem.cross.cuda(), problem.depth_weights)
 
 
 def check_near(fast, slow, code, grid, problem, weight, x):
-    # sums in another order may tip a tie, and what follows it; of up to 256 cells torch's sums say less surely which is nearest
-    searched = grid.slices[0] <= compensate.SEARCH_BITS
-    assert (fast != slow).float().mean() < (0.02 if searched else 0.1)
-    assert objective(fast, grid, problem, weight, x) <= objective(slow, grid, problem, weight, x) * (
-        1.001 if searched else 1.01
-    )
+    # sums in another order may tip a tie, and what follows it
+    assert (fast != slow).float().mean() < 0.02
+    assert objective(fast, grid, problem, weight, x) <= objective(slow, grid, problem, weight, x) * 1.001
     # the descent moves a good part of the codes, so that equal ones say something
     assert grid.slices[0] > 6 or (slow != code).float().mean() > 0.1
 
 
 @on_cpu
-@pytest.mark.parametrize("slices", LISTS)
+@pytest.mark.parametrize("slices", [*LISTS, (8,), (1,) * 8])
 @pytest.mark.parametrize("rows, columns", [(1, 70), (12, 88), (70, 200)])
 def test_codes_on_a_cpu_are_those_of_the_slow_path(slow, instructions, slices, rows, columns):
+    if slices[0] > compensate.SEARCH_BITS:
+        # over many columns ties decide; tests/native/check.cpp compares with the definition in double
+        rows, columns = min(rows, 12), min(columns, 88)
     for spread in (False, True):
         weight, x, code, grid, problem = start(slices, rows, columns, spread=spread)
         fast = compensate.descend(code, grid, problem, 2)

@@ -28,7 +28,7 @@ from torch import Tensor
 from mobiquant import kernels
 from mobiquant import slices as s
 
-BLOCK = 64
+BLOCK = kernels.DESCENT_COLUMNS
 # prefixes up to this width are searched exhaustively; finer bits follow by rounding inside the cell
 SEARCH_BITS = 4
 
@@ -147,8 +147,7 @@ class _Work:
         self.cross = problem.cross.expand(len(grid.slices), -1, -1).mT  # [E, K, N]
         self.fused = _fused(code)
         if self.fused is not None:
-            # on a GPU depths do not share a matrix
-            self.hessian = self.hessian.contiguous() if code.is_cuda else self.hessian
+            self.hessian = self.hessian.contiguous()
             coarse = len(grid.slices) - self.choose.coarse
             self.tails = (
                 torch.nn.functional.pad(self.choose.tails, (self.choose.coarse, 0)).contiguous() if coarse else self.weights

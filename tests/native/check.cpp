@@ -227,7 +227,7 @@ void descents(const char* name) {
                 for (size_t k = 0; k < part; ++k) chosen.data[k] = static_cast<uint8_t>(chance() & ((1 << total) - 1));
                 const std::vector<uint8_t> before(chosen.data, chosen.data + part);
                 Descent d{gradient.data, hessian.data, scale.data, diagonal.data, weights.data, tails.data, chosen.data, moved.data};
-                d.hessian_step = columns * columns, d.depths = depths, d.columns = columns, d.rows = rows, d.base = widths[0];
+                d.depths = depths, d.columns = columns, d.rows = rows, d.base = widths[0];
                 d.search_bits = widths[coarse - 1], d.start = start, d.stop = start + count;
                 std::copy(widths.begin(), widths.end(), d.widths);
                 mobiquant_descend(&d, 1 + rows % 3);

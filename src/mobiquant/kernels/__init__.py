@@ -4,6 +4,8 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
+# columns of a block of coordinate descent; `types.h` of the CPU kernels says it too
+DESCENT_COLUMNS = 64
 # builds of torch without Triton (Windows) take the slow paths
 TRITON = find_spec("triton") is not None
 

@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# `compensate.BLOCK`: columns of a block at most
-ROWS, COLUMNS = 16, 64
+from mobiquant.kernels import DESCENT_COLUMNS
+
+ROWS = 16
 
 
 @triton.jit
@@ -109,6 +110,6 @@ def block(
     _block[grid](
         gradient, hessian, chosen, scale, diagonal, weights, tails, moved, columns, rows, start, count,
         WIDTHS=tuple(widths), BASE=base, COARSE=coarse, SEARCH=search_bits,
-        E=depths, EP=triton.next_power_of_2(depths), B=COLUMNS, R=ROWS, num_warps=8,
+        E=depths, EP=triton.next_power_of_2(depths), B=DESCENT_COLUMNS, R=ROWS, num_warps=8,
     )  # fmt: skip
     return moved

@@ -58,10 +58,11 @@ struct Rows {
         return (__builtin_convertvector(code >> (total - d.widths[depth]), Floats) + 0.5f) * size[depth];
     }
 
-    // The gradient of column `i` of the block, with what the columns before it moved; four sums, or each addition would wait for the one before.
+    // The gradient of column `i` of the block, with what the columns before it moved; four sums, or each addition would wait
+    // for the one before.
     Floats slope(int depth, int i) const {
         const int64_t column = d.start + i;
-        const float* const row = d.hessian + depth * d.hessian_step + column * d.columns + d.start;
+        const float* const row = d.hessian + (static_cast<int64_t>(depth) * d.columns + column) * d.columns + d.start;
         Floats sums[4] = {load(d.gradient + place(depth, i), 0)};
         for (int s = 1; s < 4; ++s) sums[s] = Floats{};
         int k = 0;

@@ -9,10 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mobiquant.kernels import DESCENT_COLUMNS
 from mobiquant.kernels.cpu import library
-
-# `DESCENT_COLUMNS` of `types.h`
-COLUMNS = 64
 
 
 def usable(x: Tensor) -> bool:
@@ -27,15 +25,14 @@ def block(
     """Choose the codes of the columns `start` to `stop`, B <= 64 of them, anew, in place in `chosen` uint8 [K, N].
 
     Shapes: gradient [E, B, N], hessian [E, K, K], scale [K, N], diagonal and weights [K, E], tails [K, E - coarse, E], all
-    fp32; depths of the hessian may share their memory, all else is contiguous. Returns by how much the weights moved,
-    [E, B, N].
+    contiguous fp32. Returns by how much the weights moved, [E, B, N].
     """
     found, (columns, rows), moved = library.load(), chosen.shape, torch.empty_like(gradient)
-    held = (gradient, hessian[0], scale, diagonal, weights, tails, chosen, moved)
-    assert found is not None and gradient.shape[1] == stop - start <= COLUMNS
+    held = (gradient, hessian, scale, diagonal, weights, tails, chosen, moved)
+    assert found is not None and gradient.shape[1] == stop - start <= DESCENT_COLUMNS
     assert all(one.is_contiguous() for one in held)
     work = library.Descent(
-        *(one.data_ptr() for one in held), hessian.stride(0), (library.integer * library.MAX_BITS)(*widths),
+        *(one.data_ptr() for one in held), (library.integer * library.MAX_BITS)(*widths),
         len(widths), columns, rows, base, search_bits, start, stop,
     )  # fmt: skip
     found.mobiquant_descend(ctypes.byref(work), library.threads())

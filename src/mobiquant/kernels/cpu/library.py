@@ -83,7 +83,6 @@ class Descent(ctypes.Structure):
 
     _fields_ = (
         *((name, pointer) for name in ("gradient", "hessian", "scale", "diagonal", "weights", "tails", "chosen", "moved")),
-        ("hessian_step", ctypes.c_int64),
         ("widths", integer * MAX_BITS),
         *((name, integer) for name in ("depths", "columns", "rows", "base", "search_bits", "start", "stop")),
     )

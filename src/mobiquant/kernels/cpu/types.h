@@ -67,13 +67,12 @@ constexpr int DESCENT_COLUMNS = 64;
 
 // A block of columns, `start` to `stop`, of a descent over the codes of a weight [rows, columns]; whatever has rows is transposed.
 struct Descent {
-    const float *gradient, *hessian;  // [depths, stop - start, rows], [depths, columns, columns]: a depth is `hessian_step` further
+    const float *gradient, *hessian;  // [depths, stop - start, rows], [depths, columns, columns]
     const float* scale;               // [columns, rows]
     const float *diagonal, *weights;  // [columns, depths]
     const float* tails;               // [columns, depths of more than `search_bits`, depths]
     uint8_t* chosen;                  // [columns, rows]
     float* moved;                     // [depths, stop - start, rows]
-    int64_t hessian_step;
     int32_t widths[MAX_BITS];
     int32_t depths, columns, rows, base, search_bits, start, stop;
 };
