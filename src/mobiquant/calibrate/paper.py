@@ -10,6 +10,10 @@ For each block, with the pretrained weights frozen and the error of the block's 
 
 Ours where the paper is silent: the loss is relative to the mean square of the output, inputs come from the routed student,
 targets from the float model, zero points are rounded to whole steps, both stages take `epochs` passes.
+
+How: on CUDA products are in bf16 and the pass of a batch is captured as a graph (`passes.Replayed`), since launching its small
+operations costs more than doing them. So what changes between steps, temperature and budget, lies in tensors, as do the sums
+for the log.
 """
 
 from collections.abc import Iterator
@@ -24,6 +28,7 @@ from mobiquant import blocks, clip, compensate, router
 from mobiquant import slices as s
 from mobiquant.calibrate import latent
 from mobiquant.calibrate.fast import Fitted, install
+from mobiquant.calibrate.passes import Replayed
 from mobiquant.calibrate.streams import FLOAT, ROUTER_TOKENS, Reading, Stage, Streams
 from mobiquant.config import Calibration, Format
 
@@ -43,23 +48,27 @@ class Gates(nn.Module):
     def __init__(self, columns: int, form: Format, generator: torch.Generator):
         super().__init__()
         hidden, outputs = form.router_hidden, len(form.slices) - 1
-        self.widths = form.slices
+        self.base = form.slices[0]
         self.weight = nn.Parameter(torch.randn(hidden, columns, generator=generator) / columns**0.5)
         self.rms, self.bias = nn.Parameter(torch.zeros(hidden)), nn.Parameter(torch.zeros(hidden))
         self.out = nn.Parameter(torch.randn(outputs, hidden, generator=generator) / hidden**0.5)
         self.out_bias = nn.Parameter(torch.zeros(outputs))
-        self.temperature = TEMPERATURES[0]
+        self.widths: Tensor
+        self.temperature: Tensor
+        self.register_buffer("widths", torch.tensor(form.slices[1:], dtype=torch.float32))
+        self.register_buffer("temperature", torch.tensor(TEMPERATURES[0]))
         self.bits: Tensor = torch.zeros(())
 
     def forward(self, x: Float[Tensor, "T K"]) -> Float[Tensor, "T R"]:
         """Gate of each residual slice: 0 or 1, with the gradient of a sigmoid."""
-        f, log_rms = router.features(x)
-        hidden = silu(f @ self.weight.T + log_rms * self.rms + self.bias)
-        score = router.order(hidden @ self.out.T + self.out_bias)
-        soft = torch.sigmoid(score / self.temperature)
-        gates = (score > 0).float() + soft - soft.detach()
-        self.bits = self.widths[0] + (gates * torch.tensor(self.widths[1:], device=x.device)).sum(1).mean()
-        return gates
+        with torch.autocast(x.device.type, enabled=False):
+            f, log_rms = router.features(x)
+            hidden = silu(f @ self.weight.T + log_rms * self.rms + self.bias)
+            score = router.order(hidden @ self.out.T + self.out_bias)
+            soft = torch.sigmoid(score / self.temperature)
+            gates = (score > 0).float() + soft - soft.detach()
+            self.bits = self.base + (gates * self.widths).sum(1).mean()
+            return gates
 
     def stored(self) -> router.Router:
         """The router as it is stored."""
@@ -104,12 +113,12 @@ class LearnedClip(nn.Module):
         if self.gates is None:
             return linear(x, next(self.reads(1)), self.bias)
         weights = list(self.reads(len(self.form.slices)))
-        gates = self.gates(flat)
         y = flat @ weights[0].T
+        gates = self.gates(flat).to(y.dtype)
         for e in range(1, len(weights)):
             y = y + gates[:, e - 1 : e] * (flat @ (weights[e] - weights[e - 1]).T)
         y = y.view(*x.shape[:-1], -1)  # [T, N] -> [..., N]
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 def quantize_block(
@@ -129,9 +138,68 @@ def quantize_block(
                 shared = Gates(layers[name].weight.shape[1], form, generator).to(stage.device)
             owners[name] = shared
     wanted = streams.ahead(stage, FLOAT)
-    log = _train(stage, streams, wanted, layers, owners, settings, routed=False)
-    log += _train(stage, streams, wanted, layers, owners, settings, routed=True)
+    log = _train(stage, streams, wanted, layers, None, settings)
+    log += _train(stage, streams, wanted, layers, owners, settings)
     return _finish(stage, streams, groups, layers, owners, form), log
+
+
+class Lesson:
+    """One stage of training of a block: adds the gradients of a batch to those of the parameters, and sums loss and bits read.
+
+    With `owners` the layers read what their gates say and a budget is asked of them, else the base slice alone.
+    """
+
+    def __init__(self, stage: Stage, layers: dict[str, LearnedClip], owners: dict[str, Gates] | None, rate: float):
+        self.stage, self.owners = stage, owners or {}
+        for name, layer in layers.items():
+            layer.gates = self.owners.get(name)
+        every = (*layers.values(), *self.owners.values())
+        self.parameters = list(dict.fromkeys(p for module in every for p in module.parameters()))
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        on_gpu, device = stage.device.type == "cuda", stage.device
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=0.0, fused=on_gpu)
+        sizes = torch.tensor([float(layer.weight.numel()) for layer in layers.values()], device=device)
+        self.shares, self.target = sizes / sizes.sum(), torch.zeros((), device=device)
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self.captured: tuple[Tensor, Tensor, Replayed] | None = None
+
+    def begin(self, target: float, temperature: float) -> None:
+        """Start an epoch: the bits asked for and the temperature of the gates."""
+        self.target.fill_(target)
+        for gates in self.owners.values():
+            gates.temperature.fill_(temperature)
+        self.sums.zero_()
+
+    @torch.enable_grad()
+    def learn(self, hidden: Float[Tensor, "S L D"], goal: Float[Tensor, "S L D"]) -> None:
+        """Add the gradients of a batch, whose outputs should be `goal`."""
+        with latent.lower(self.stage.device):
+            made = self.stage.calls.run(self.stage.student, self.stage.index, hidden)
+        loss = (made.float() - goal).square().mean() / goal.square().mean().clamp_min(1e-12)
+        self.sums[0] += loss.detach()
+        if self.owners:
+            read = torch.stack([gates.bits for gates in self.owners.values()]) @ self.shares
+            self.sums[1] += read.detach()
+            loss = loss + (read - self.target) ** 2
+        loss.backward()
+
+    def step(self, hidden: Float[Tensor, "S L D"], goal: Float[Tensor, "S L D"]) -> None:
+        """Train on one batch; on CUDA as a graph, which batches of other sizes do without."""
+        if hidden.is_cuda and self.captured is None:
+            held = hidden.clone(), goal.clone()
+            sums = self.sums.clone()
+            self.captured = (*held, Replayed(lambda: self.learn(*held), self.parameters))
+            self.captured[2].prepare()
+            self.sums.copy_(sums)
+        if self.captured is not None and hidden.shape == self.captured[0].shape:
+            for to, value in zip(self.captured, (hidden, goal), strict=False):
+                to.copy_(value)
+            self.captured[2]()
+        else:
+            self.learn(hidden, goal)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)
 
 
 def _train(
@@ -139,43 +207,24 @@ def _train(
     streams: Streams,
     wanted: Float[Tensor, "S L D"],
     layers: dict[str, LearnedClip],
-    owners: dict[str, Gates],
+    owners: dict[str, Gates] | None,
     settings: Calibration,
-    routed: bool,
 ) -> list[dict[str, Any]]:
     """One stage of training toward the outputs `wanted` of the float block; returns the loss and the bits of each epoch."""
-    unique = list(dict.fromkeys(owners.values()))
-    parameters = [p for layer in layers.values() for p in layer.parameters()]
-    for name, layer in layers.items():
-        layer.gates = owners[name] if routed else None
-    if routed:
-        parameters = list(dict.fromkeys([*parameters, *(p for gates in unique for p in gates.parameters())]))
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
-    form = next(iter(layers.values())).form
-    sizes = torch.tensor([float(layer.weight.numel()) for layer in layers.values()], device=stage.device)
+    lesson, batches = Lesson(stage, layers, owners, settings.learning_rate), -(-streams.count // streams.batch)
+    most = next(iter(layers.values())).form.widths[-1]
     log: list[dict[str, Any]] = []
     for epoch in range(settings.epochs):
         done = epoch / max(settings.epochs - 1, 1)
-        target = form.widths[-1] + (settings.target_bits - form.widths[-1]) * min(1.0, 2 * done)
-        for gates in unique:
-            gates.temperature = TEMPERATURES[0] + (TEMPERATURES[1] - TEMPERATURES[0]) * done
-        total = bits = 0.0
+        target = most + (settings.target_bits - most) * min(1.0, 2 * done)
+        lesson.begin(target, TEMPERATURES[0] + (TEMPERATURES[1] - TEMPERATURES[0]) * done)
         for part in streams.parts():
-            goal = wanted[part].to(stage.device)
-            with torch.enable_grad():
-                made = stage.run(ROUTED, streams.hidden[ROUTED][part])
-                loss = (made - goal).square().mean() / goal.square().mean().clamp_min(1e-12)
-                total += float(loss.detach())
-                if routed:
-                    read = torch.stack([owners[name].bits for name in layers]) @ sizes / sizes.sum()
-                    bits += float(read.detach())
-                    loss = loss + (read - target) ** 2
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-        batches = -(-streams.count // streams.batch)
-        entry = {"stage": 2 if routed else 1, "epoch": epoch, "loss": total / batches}
-        log.append({**entry, "avg_bits": bits / batches, "target_bits": target} if routed else entry)
+            lesson.step(streams.hidden[ROUTED][part].to(stage.device), wanted[part].to(stage.device))
+        loss, bits = (lesson.sums / batches).tolist()
+        entry = {"stage": 2 if owners else 1, "epoch": epoch, "loss": loss}
+        log.append({**entry, "avg_bits": bits, "target_bits": target} if owners else entry)
+    # a graph that knows its lesson would keep its memory until Python looks for cycles
+    lesson.captured = None
     return log
 
 

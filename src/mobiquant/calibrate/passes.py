@@ -99,10 +99,14 @@ class Replayed:
 
     def __call__(self) -> Any:
         """Do the work; returns what it made, which the next time overwrites."""
+        self.prepare()
+        self.graph.replay()  # type: ignore[union-attr]
+        return self.made
+
+    def prepare(self) -> None:
+        """Capture the graph, if that is not done; the work is done a few times then, gradients are put back."""
         if self.graph is None:
             self.graph = self._capture()
-        self.graph.replay()
-        return self.made
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         kept = [(p, p.grad.clone()) for p in self.parameters if p.grad is not None]
