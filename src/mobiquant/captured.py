@@ -1,8 +1,8 @@
 """One token at a time through a whole model on CUDA, replayed as one graph: what `generate` uses on a GPU.
 
-What: a `Decoder` holds a cache of keys and values of a fixed length and runs the blocks by few launches each: the products of
-the layers that read one input with their router (`kernels/cuda/few`), and one launch for each thing between
-(`kernels/cuda/block`). The prompt goes through the model itself, whose cache is copied.
+What: a `Decoder` holds a cache of keys and values of a fixed length and runs a block by five launches: attention
+(`kernels/cuda/block`), and for each input the products of the layers that read it (`kernels/cuda/few`), which make that input
+by the norm or the gate before it and score it for routers. The prompt goes through the model itself, whose cache is copied.
 
 Choice: a step of transformers is a thousand launches of small operators, which take longer than reading the weights. Captured
 once as a CUDA graph, a step is one launch; position, token, thresholds and caps lie in device memory, so the same graph serves
@@ -11,6 +11,7 @@ every token and every precision, also one that is set between two tokens.
 For blocks of the Llama kind, as on a CPU (`decoder`); `reason` says why a model is not of it.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from mobiquant import budget, matmul
 from mobiquant.decoder import ROUND, kind_reason, path_of
 from mobiquant.kernels.cuda import block as between
-from mobiquant.kernels.cuda.few import DTYPES
+from mobiquant.kernels.cuda.few import DTYPES, Gate, Norm
 from mobiquant.linear import MobiLinear, mobilinears
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -78,6 +79,11 @@ def _addresses(model: nn.Module) -> list[int]:
     if mobilinears(model):
         tensors += [*budget.state(model).on(device), budget.state(model).counter(device)]
     return [tensor.data_ptr() for tensor in tensors] + [id(layer._tiles) for layer in mobilinears(model).values()]
+
+
+def in_one_launch(layers: Sequence[Any]) -> bool:
+    """Whether quantised layers, in this order, are all that one launch makes of its input."""
+    return isinstance(layers[0], MobiLinear) and layers[0].members == tuple(layers)
 
 
 class Decoder:
@@ -144,15 +150,31 @@ class Decoder:
         hidden, more = nn.functional.embedding(self.token, self.model.get_input_embeddings().weight), None
         for block, attention in zip(inner.layers, self.attention, strict=True):
             own, mlp = block.self_attn, block.mlp
-            x = between.sum_norm(hidden, more, block.input_layernorm.weight, self.epsilon)
-            query, key, value = own.q_proj(x), own.k_proj(x), own.v_proj(x)
-            more = own.o_proj(attention(query, key, value, self.cosine, self.sine, self.position))
-            x = between.sum_norm(hidden, more, block.post_attention_layernorm.weight, self.epsilon)
-            gated, up = mlp.gate_proj(x), mlp.up_proj(x)
-            more = mlp.down_proj(between.gate(gated, up))
+            hidden, made = self._normed(hidden, more, block.input_layernorm.weight, (own.q_proj, own.k_proj, own.v_proj))
+            more = own.o_proj(attention(*made, self.cosine, self.sine, self.position))
+            hidden, made = self._normed(hidden, more, block.post_attention_layernorm.weight, (mlp.gate_proj, mlp.up_proj))
+            more = self._gated(*made, mlp.down_proj)
         x = between.sum_norm(hidden, more, inner.norm.weight, self.epsilon)
         self.position += 1
         return self.model.get_output_embeddings()(x)[0].float()
+
+    def _normed(
+        self,
+        hidden: Float[Tensor, "1 D"],
+        more: Float[Tensor, "1 D"] | None,
+        weight: Float[Tensor, " D"],
+        layers: Sequence[Any],
+    ) -> tuple[Float[Tensor, "1 D"], list[Float[Tensor, "1 _"]]]:
+        """`hidden` and `more` added, and what layers make of the norm of that."""
+        if not in_one_launch(layers):
+            x = between.sum_norm(hidden, more, weight, self.epsilon)
+            return hidden, [layer(x) for layer in layers]
+        total = hidden if more is None else torch.empty_like(hidden)
+        return total, layers[0].after(hidden, Norm(more, weight, total, self.epsilon))
+
+    def _gated(self, gated: Float[Tensor, "1 I"], up: Float[Tensor, "1 I"], layer: Any) -> Float[Tensor, "1 D"]:
+        """What a layer makes of `silu(gated) * up`."""
+        return layer.after(gated, Gate(up))[0] if in_one_launch((layer,)) else layer(between.gate(gated, up))
 
     @torch.inference_mode()
     def _warm_up(self) -> None:

@@ -185,3 +185,6 @@ DEVICE void widen(float (&to)[8], const Four &from) {
 }
 DEVICE u16 narrow(float value) { return BF16 ? to_bf16(value) : to_fp16(value); }
 DEVICE u32 narrow_two(float low, float high) { return BF16 ? two_bf16(low, high) : two_fp16(low, high); }
+DEVICE Four narrowed(const float (&from)[8]) {
+    return {narrow_two(from[0], from[1]), narrow_two(from[2], from[3]), narrow_two(from[4], from[5]), narrow_two(from[6], from[7])};
+}

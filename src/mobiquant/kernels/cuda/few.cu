@@ -280,7 +280,7 @@ DEVICE void take_inputs(const Params &p, const Shared &s) {
         copies_end();
         keep(p, asked, s.wanted[1]);
         wait_for_copies<0>();
-    } else stage(p, s, [&] { keep(p, asked, s.wanted[1]); });
+    } else stage(p, s, rows_of_turn(0) == 0, [&] { keep(p, asked, s.wanted[1]); });
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, PER) few(const __grid_constant__ Params p) {

@@ -6,6 +6,7 @@ are handed over, so a captured CUDA graph follows when they are changed in place
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -39,12 +40,31 @@ FIXED = {2: Shape(8, 2, ring=6912)}
 NARROW = {2: Shape(8, 1, buffers=1)}
 # what `ROUTED` says in `score.h`
 NOBODY, ITSELF, OTHERS = 0, 1, 2
+# what `input` says in `launch.h`
+PLAIN, NORM, GATE = 0, 1, 2
 # tensors of a router but for its first matrix
 SMALL = ("weight_scale", "rms", "bias", "out", "out_bias")
 DTYPES = (torch.float16, torch.bfloat16)
 # bytes of shared memory that a block may take on every GPU that the kernels are for, and of one that has less than Hopper
 MEMORY = {(8, 0): 163 << 10, (8, 7): 163 << 10, (8, 6): 99 << 10, (8, 9): 99 << 10, (12, 0): 99 << 10, (12, 1): 99 << 10}
 USUAL_MEMORY = 227 << 10
+
+
+@dataclass(frozen=True)
+class Norm:
+    """What makes the input of a launch, for one token: `weight * h / rms(h)` with `h = x + more`, which `sum` becomes."""
+
+    more: Float[Tensor, "1 K"] | None
+    weight: Float[Tensor, " K"]
+    sum: Float[Tensor, "1 K"]
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What makes the input of a launch, for one token: `silu(x) * up`."""
+
+    up: Float[Tensor, "1 K"]
 
 
 @lru_cache(maxsize=8)
@@ -64,10 +84,11 @@ def parameters(pieces: int) -> type[ctypes.Structure]:
 
     class Params(ctypes.Structure):
         _fields_ = [("members", Member * MEMBERS), ("routers", Routers)] \
-            + [(n, address) for n in ("given", "x", "staged", "tau", "cap", "read")] \
+            + [(n, address) for n in ("given", "x", "more", "by", "sum", "staged", "tau", "cap", "read")] \
             + [("weights", ctypes.c_double)] \
             + [(n, whole) for n in ("tokens", "columns", "column_tiles", "row_tiles", "groups", "entries", "depths")] \
-            + [(n, whole) for n in ("parts", "deciders", "busy", "before", "per")]  # fmt: skip
+            + [(n, whole) for n in ("parts", "deciders", "busy", "before", "per", "input")] \
+            + [("epsilon", ctypes.c_float)]  # fmt: skip
 
     return Params
 
@@ -171,18 +192,19 @@ class Group:
 
     def __call__(
         self, x: Float[Tensor, "T K"], tau: Float32[Tensor, " P"], cap: Int64[Tensor, " P"], read: Float64[Tensor, "P E"],
-        given: Int32[Tensor, " T1"] | None = None,
+        given: Int32[Tensor, " T1"] | None = None, before: Norm | Gate | None = None,
     ) -> list[Float[Tensor, "T _"]]:  # fmt: skip
         """Products of 1 to 16 tokens, one for each layer; `tau` and `cap` are for T / P tokens each, `read` counts weights.
 
-        `given` are depths that were decided before, for tokens with a threshold. Raises ValueError for more tokens than `most`
-        says, and for depths that are missing or not expected.
+        `given` are depths that were decided before, for tokens with a threshold; `before` is what is done to x, of one token.
+        Raises ValueError for more tokens than `most` says, and for depths that are missing or not expected.
         """
         tokens, p, x, fits = x.shape[0], self.params, x.contiguous(), self.fits()
         if tokens > (MOST if fits else 0):
             raise ValueError(f"{tokens} tokens of {p.columns} columns: a call takes {self.most()}")
         if (given is not None) != self.given:
             raise ValueError("depths are given to layers that decide themselves, or not to those that do not")
+        self._begin(x, before)
         out = [x.new_empty(tokens, one.rows) for one in self.members]
         p.tau, p.cap, p.read, p.entries = tau.data_ptr(), cap.data_ptr(), read.data_ptr(), tau.numel()
         p.given = 0 if given is None else given.data_ptr()
@@ -197,6 +219,23 @@ class Group:
             p.x, p.tokens, p.before, p.per = x[first:].data_ptr(), count, first, max(1, tokens // p.entries)
             self._launch(x.dtype, count)
         return out
+
+    def _begin(self, x: Float[Tensor, "T K"], before: Norm | Gate | None) -> None:
+        """Say what x is made of."""
+        p = self.params
+        p.input, p.more, p.by, p.sum = PLAIN, 0, 0, 0
+        if before is None:
+            return
+        # the two eights of columns that a thread has of a norm
+        most = self.shape(1).warps * LANES * 16 if isinstance(before, Norm) else p.columns
+        if x.shape[0] != 1 or p.columns > most:
+            raise ValueError(f"{x.shape[0]} tokens of {p.columns} columns: x is made on the way for one of at most {most}")
+        if isinstance(before, Gate):
+            p.input, p.more = GATE, before.up.data_ptr()
+            return
+        p.input, p.by, p.epsilon = NORM, before.weight.data_ptr(), before.epsilon
+        if before.more is not None:
+            p.more, p.sum = before.more.data_ptr(), before.sum.data_ptr()
 
     def _launch(self, dtype: torch.dtype, tokens: int) -> None:
         """Run the kernel with the parameters as they are."""

@@ -18,5 +18,5 @@ extern "C" __global__ void __launch_bounds__(THREADS) gate(const __grid_constant
     const int at = blockIdx.x * THREADS + threadIdx.x;
     if (at >= p.count) return;
     const float v = wide(p.gate[at]);
-    p.out[at] = narrow(wide(narrow(v / (1 + expf(-v)))) * wide(p.up[at]));
+    p.out[at] = narrow(wide(narrow(v * reciprocal(1 + expf(-v)))) * wide(p.up[at]));
 }

@@ -46,11 +46,17 @@ struct Routers {
     int count, hidden, scores;
 };
 
+// what x is made of, for one token: itself, a norm of the sum with another vector, or silu of it times another (`stage.h`)
+constexpr int PLAIN = 0, NORM = 1, GATE = 2;
+
 struct Params {
     Member members[MEMBERS];
     Routers routers;
     const int *given;      // [tokens]: depths that an earlier launch has decided, or null
     const u16 *x;          // [tokens, columns]
+    const u16 *more;       // [columns]: what is added to x before a norm, or null, or what silu of x is multiplied with
+    const u16 *by;         // [columns]: weight of the norm
+    u16 *sum;              // [columns]: x and `more` added, not where x is; null where there is nothing to add
     u8 *staged;            // x in bytes as in shared memory, made by `bytes.cu`; null where each block makes its own
     const float *tau;      // [entries]
     const long long *cap;  // [entries]
@@ -60,6 +66,8 @@ struct Params {
     int parts;           // blocks that share out the columns for a router
     int deciders, busy;  // the block that decides for the first router, others follow; blocks that score or decide, from the first on
     int before, per;     // tokens of other launches before these, and tokens of an entry
+    int input;           // PLAIN, NORM or GATE
+    float epsilon;       // of the norm
 };
 
 // which member a row tile is of; the row tile becomes that of the member

@@ -10,6 +10,19 @@
 // what ROUTED says: no routers, the first decides for this launch, or all decide for later ones
 constexpr int NOBODY = 0, ITSELF = 1, OTHERS = 2;
 
+// sum of the squares of eight columns, from their bytes
+DEVICE float energy_of_eight(const Params &p, const Shared &s, int eight, int token) {
+    const u8 *high = s.x + (u64)(2 * token) * x_stride(p) + place_of_eight(eight), *low = high + x_stride(p);
+    const float scale = s.groups[eight * 8 / GROUP * TOKENS + token].x;
+    float energy = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const float v = scale * (float)((signed char)high[i] * 256 + (signed char)low[i]);
+        energy = fmaf(v, v, energy);
+    }
+    return energy;
+}
+
 // products of 32 hidden units with all tokens over this part of the columns, and the energy of x there, into `partial`
 DEVICE void score_part(const Params &p, const Shared &s, const Router &r, int part) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -23,15 +36,6 @@ DEVICE void score_part(const Params &p, const Shared &s, const Router &r, int pa
 #pragma unroll 1
         for (int tile = part * WARPS + warp; tile < p.column_tiles; tile += WARPS * p.parts) {
             const u8 *from = r.weight + ((u64)hidden_tile * p.column_tiles + tile) * 2048 + lane * 16;
-            // asked for first: a trip through memory beside that of the weights
-            Four own[NT] = {};
-            const int column = tile * 64 + lane % 8 * 8;
-#pragma unroll
-            for (int c = 0; c < NT; c++) {
-                const int token = c * 4 + lane / 8;
-                if (hidden_tile == 0 && token < p.tokens && column < p.columns)
-                    own[c] = load_fresh((const Four *)(p.x + (u64)token * p.columns + column));
-            }
             Inputs in;
             load_inputs(in, p, s, tile, lane);
             constexpr int groups = GROUP < 64 ? 64 / GROUP : 1;
@@ -58,12 +62,8 @@ DEVICE void score_part(const Params &p, const Shared &s, const Router &r, int pa
             }
 #pragma unroll
             for (int c = 0; c < NT; c++) {
-                const u32 twos[4] = {own[c].x, own[c].y, own[c].z, own[c].w};
-#pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    const float v = wide((u16)(twos[i / 2] >> (16 * (i % 2))));
-                    energy[c] = fmaf(v, v, energy[c]);
-                }
+                const int token = c * 4 + lane / 8;
+                if (hidden_tile == 0 && token < p.tokens) energy[c] += energy_of_eight(p, s, tile * 8 + lane % 8, token);
             }
         }
         put(s.sums, y, warp, lane);

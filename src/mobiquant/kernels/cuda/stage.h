@@ -74,22 +74,86 @@ DEVICE void stage_eight(const Params &p, const Shared &s, const Four &four, int 
     if (eight % lanes == 0) s.groups[eight / lanes * TOKENS + token] = {scale, scale * (float)sum};
 }
 
-// x to two planes of bytes. Some loads are under way at a time; `meanwhile` is done once the first have been sent.
-template <class Work> DEVICE void stage(const Params &p, const Shared &s, Work meanwhile) {
-    constexpr int ahead = 4;
-    const int lane = threadIdx.x % 32;
-    Eight next = {(int)threadIdx.x, 0}, at = next;
-    Four loaded[ahead];
+// ---- x of one token that is made here (`input`), rounded where `sum_norm.cu` and `gate.cu` round, which are launches of their own
+
+// eights of x that a thread takes at most for a norm
+constexpr int NORM_TURNS = 2;
+
+DEVICE Four load_part(const Params &p, const u16 *from, int eight) {
+    return from && eight * 8 < p.columns ? load_fresh((const Four *)(from + eight * 8)) : Four{0, 0, 0, 0};
+}
+
+// x becomes x + more, which one block writes down; returns 1 / rms
+DEVICE float begin_norm(const Params &p, const Shared &s, Four *x, const Four *more, bool writes) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float energy = 0;
 #pragma unroll
-    for (int i = 0; i < ahead; i++) loaded[i] = load_eight(next, p, lane);
+    for (int t = 0; t < NORM_TURNS; t++) {
+        const int eight = threadIdx.x + t * THREADS;
+        float own[8], added[8];
+        widen(own, x[t]), widen(added, more[t]);
+#pragma unroll
+        for (int i = 0; i < 8; i++) own[i] += added[i];
+        // without `more` nothing but the sign of a zero can change
+        x[t] = narrowed(own), widen(own, x[t]);
+        if (writes && p.more && eight * 8 < p.columns) *(Four *)(p.sum + eight * 8) = x[t];
+#pragma unroll
+        for (int i = 0; i < 8; i++) energy = fmaf(own[i], own[i], energy);
+    }
+#pragma unroll
+    for (int by = 1; by < 32; by *= 2) energy += shuffle_xor(energy, by);
+    if (lane == 0) s.sums[warp] = energy;
+    __syncthreads();
+    energy = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) energy += s.sums[w];
+    return 1.0f / sqrtf(energy / p.columns + p.epsilon);
+}
+
+// eight columns of x / rms times a weight, or of silu(x) times another vector
+DEVICE Four made_of(const Params &p, const Four &x, const Four &other, float inverse) {
+    float own[8], by[8];
+    widen(own, x), widen(by, other);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const float factor = p.input == NORM ? inverse : reciprocal(1 + expf(-own[i]));
+        own[i] = wide(narrow(own[i] * factor)) * by[i];
+    }
+    return narrowed(own);
+}
+
+// x to two planes of bytes. Some loads are under way at a time; `meanwhile` is done once the first have been sent.
+template <class Work> DEVICE void stage(const Params &p, const Shared &s, bool writes, Work meanwhile) {
+    constexpr int ahead = 4;
+    static_assert(NORM_TURNS <= ahead, "all of x is here before the norm is known");
+    const int lane = threadIdx.x % 32, own = threadIdx.x;
+    const bool makes = NT == 1 && p.input != PLAIN;
+    Eight next = {own, 0}, at = next;
+    Four loaded[ahead], other[ahead] = {};
+#pragma unroll
+    for (int i = 0; i < ahead; i++) {
+        loaded[i] = load_eight(next, p, lane);
+        if (makes) other[i] = load_part(p, p.more, own + i * THREADS);
+    }
     meanwhile();
+    float inverse = 0;
+    if (makes && p.input == NORM) {
+        Four by[NORM_TURNS];
+#pragma unroll
+        for (int i = 0; i < NORM_TURNS; i++) by[i] = load_part(p, p.by, own + i * THREADS);
+        inverse = begin_norm(p, s, loaded, other, writes);
+#pragma unroll
+        for (int i = 0; i < NORM_TURNS; i++) other[i] = by[i];
+    }
 #pragma unroll 1
     for (settle(at, p, lane); at.token < p.tokens; settle(at, p, lane)) {
+        if (makes) loaded[0] = made_of(p, loaded[0], other[0], inverse);
         stage_eight(p, s, loaded[0], at.eight, at.token);
         at.eight += THREADS;
 #pragma unroll
-        for (int i = 0; i + 1 < ahead; i++) loaded[i] = loaded[i + 1];
+        for (int i = 0; i + 1 < ahead; i++) loaded[i] = loaded[i + 1], other[i] = other[i + 1];
         loaded[ahead - 1] = load_eight(next, p, lane);
+        if (makes) other[ahead - 1] = load_part(p, p.more, at.eight + (ahead - 1) * THREADS);
     }
 }
 

@@ -18,10 +18,6 @@ struct Params {
     float epsilon;
 };
 
-DEVICE Four narrowed(const float (&from)[8]) {
-    return {narrow_two(from[0], from[1]), narrow_two(from[2], from[3]), narrow_two(from[4], from[5]), narrow_two(from[6], from[7])};
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS) sum_norm(const __grid_constant__ Params p) {
     SHARED_BYTES(memory);
     float *sums = (float *)memory;
