@@ -7,6 +7,7 @@ depth, as do `grouped_mm` and `spread.cu`, which skips depths that no token read
 
 import ctypes
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -16,8 +17,21 @@ from mobiquant.kernels.cuda import compiler
 from mobiquant.kernels.cuda.tiles import COLUMNS, LANES, Tiles, definitions
 
 SLOTS, WARPS = 8, 8
-# of `many.cu`: rows and threads of a block, steps whose codes are on their way, tiles of x; of `arrange.cu`
-ROWS, THREADS, STAGES, BUFFERS, ARRANGE_THREADS = 128, 288, 6, 6, 256
+# of `many.cu`: rows and threads of a block, most stages, shared memory of a block; of `arrange.cu`
+ROWS, THREADS, STAGES, MEMORY, ARRANGE_THREADS = 128, 288, 6, 227 << 10, 256
+
+
+class Way(NamedTuple):
+    """How blocks of `many.cu` work together: how many share x, and how many share out the columns. A cluster is all of them."""
+
+    share: int
+    split: int
+
+
+# tokens of one depth up to which `fused` is faster
+FUSED_MOST = 1024
+# those that are taken; others work too
+WAYS = Way(1, 1), Way(2, 1), Way(1, 2), Way(1, 4)
 
 
 @lru_cache(maxsize=8)
@@ -76,16 +90,35 @@ def fused_parameters(pieces: int) -> tuple[type[ctypes.Structure], type[ctypes.S
 
     class Many(ctypes.Structure):
         _fields_ = [("runs", Runs), ("pieces", address * pieces)] + [(n, address) for n in ("scale", "zero", "x", "out")] \
-            + [(n, whole) for n in ("rows", "column_tiles", "groups", "steps")]  # fmt: skip
+            + [(n, whole) for n in ("rows", "column_tiles", "groups", "steps", "share", "split", "stages")]  # fmt: skip
 
     return Arrange, Many
 
 
-def fused(x: Float[Tensor, "T K"], weight: Tiles, depth: Int[Tensor, " T"] | int) -> Float[Tensor, "T N"]:
-    """`product` by `arrange.cu` and `many.cu`."""
+def way_for(tiles: int, row_blocks: int, steps: int, processors: int) -> Way:
+    """For so many tiles of tokens and blocks of rows: where processors are left over columns are shared out, else x is shared."""
+    split = next((n for n in (4, 2) if tiles * row_blocks * n <= processors and steps >= 4 * n), 1)
+    return Way(2 if split == 1 and row_blocks > 1 else 1, split)
+
+
+def stages_for(own: int, weight: Tiles) -> tuple[int, int]:
+    """How many stages of 128 columns shared memory holds, for tiles of `own` tokens, and the bytes of all."""
+    row_tiles = ROWS // 32
+    codes = row_tiles * (sum(weight.slices) * 512 + 128 // weight.group_size * 96)
+    stage = 2 * own * COLUMNS * 2 + codes + 16  # and two barriers
+    # x lies at multiples of 1024
+    stages = min(STAGES, (MEMORY - 1024) // stage)
+    return stages, 1024 + stages * stage
+
+
+def fused(
+    x: Float[Tensor, "T K"], weight: Tiles, depth: Int[Tensor, " T"] | int, way: Way | None = None, stages: int = STAGES,
+    own: int = 0,
+) -> Float[Tensor, "T N"]:  # fmt: skip
+    """`product` by `arrange.cu` and `many.cu`; `way`, most `stages` and `own` tokens of a tile (64 or 128) as given, or as is best."""
     x, (tokens, columns), every, device = x.contiguous(), x.shape, len(weight.slices), x.device.index or 0
     out = x.new_empty(tokens, weight.rows)
-    own = 64 if tokens <= 64 else 128  # tokens of a tile
+    own = own or (64 if tokens <= 64 else 128)
     arrange, p = (one() for one in fused_parameters(len(weight.pieces)))
     runs, tiles = p.runs, -(-tokens // own)
     if isinstance(depth, int):
@@ -105,12 +138,14 @@ def fused(x: Float[Tensor, "T K"], weight: Tiles, depth: Int[Tensor, " T"] | int
     for i, piece in enumerate(weight.pieces):
         p.pieces[i] = piece.data_ptr()
     p.scale, p.zero, p.x, p.out = weight.scale.data_ptr(), weight.zero.data_ptr(), laid.data_ptr(), out.data_ptr()
-    p.rows = weight.rows
-    stage = sum(weight.slices) * 128 + max(1, COLUMNS // weight.group_size) * 256
-    # x lies at multiples of 1024; barriers are the last
-    memory = 1024 + BUFFERS * (own * COLUMNS * 2 + 16) + WARPS * STAGES * stage
+    p.rows, row_blocks = weight.rows, -(-weight.rows // ROWS)
+    p.share, p.split = way or way_for(-(-tokens // own), row_blocks, p.steps, compiler.processors(x.device))
+    held, memory = stages_for(own, weight)
+    p.stages = min(stages, held)
     made = compiler.kernel("many", (*how, *definitions(weight.slices, weight.group_size)), device)
-    made.launch(tiles * -(-weight.rows // ROWS), THREADS, p, memory, overlap=True)
+    # a last cluster may have a block without rows
+    blocks = tiles * -(-row_blocks // p.share) * p.share * p.split
+    made.launch(blocks, THREADS, p, memory, overlap=True, cluster=p.share * p.split)
     return out
 
 
@@ -125,11 +160,11 @@ def dense(x: Float[Tensor, "T K"], weight: Tiles, depth: Int[Tensor, " T"] | int
     return torch.empty_like(sorted_y).index_copy_(0, order, sorted_y)
 
 
-def fused_is_faster(tokens: int, weight: Tiles, depth: Int[Tensor, " T"] | int) -> bool:
-    """Whether `fused` was faster on an H200 (docs/kernels.md): where depths are mixed, or for many rows and few tokens."""
-    return not isinstance(depth, int) or (tokens <= 128 and weight.rows >= 2 * weight.columns)
+def fused_is_faster(tokens: int, depth: Int[Tensor, " T"] | int) -> bool:
+    """Whether `fused` is faster than `dense` (docs/kernels.md)."""
+    return not isinstance(depth, int) or tokens <= FUSED_MOST
 
 
 def product(x: Float[Tensor, "T K"], weight: Tiles, depth: Int[Tensor, " T"] | int) -> Float[Tensor, "T N"]:
     """`x` [T, K] in fp16 or bf16 by the weight, token t at `depth[t]` (from 1)."""
-    return (fused if has_warpgroups(x.device) and fused_is_faster(x.shape[0], weight, depth) else dense)(x, weight, depth)
+    return (fused if has_warpgroups(x.device) and fused_is_faster(x.shape[0], depth) else dense)(x, weight, depth)
