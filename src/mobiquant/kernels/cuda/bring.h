@@ -1,11 +1,12 @@
-// What a block of `many.cu` is given and works on, and the warp that brings it x, codes, scales and zero points.
+// What a block of `many.cu` is given and works on, and the warps that bring it x, codes, scales and zero points.
 //
 // A stage is two steps of 64 columns: x of both, then of each piece and row tile two column tiles as they lie in memory, then scales
-// and zero points of each row tile. Each is one copy by the bulk engine, and all report to one barrier.
+// and zero points of each row tile. Each is one copy by the bulk engine, and all report to one barrier. A warp brings one row tile,
+// each copy from a lane of its own: lanes send one after the other, and one warp would take as long for all as the products do.
 
 #pragma once
 
-constexpr int ROWS = 128, ROW_TILES = ROWS / 32, WARPS = 8, THREADS = 32 * WARPS + 32;
+constexpr int ROWS = 128, ROW_TILES = ROWS / 32, WARPS = 8, THREADS = 32 * (WARPS + ROW_TILES);
 constexpr int GROUPS = 128 / GROUP;                                 // of a stage
 constexpr int X_BYTES = TOKENS * 128, STAGE_BYTES = 2 * X_BYTES;    // x of a step and of a stage
 constexpr int ALL_CODES = END[PIECES - 1] * ROW_TILES * 512;        // bytes of the codes of a stage
@@ -57,66 +58,42 @@ DEVICE void go_on(Turn &turn, int stages) {
 }
 DEVICE int place_before(const Turn &turn, int stages) { return (turn.at ? turn.at : stages) - 1; }
 
-// one of the copies of each stage: where it begins and ends, and its bytes (0: there is none)
+// what a lane brings of each stage: where it lies and goes to, and its bytes (0: nothing); `all` bytes its warp does, without x
 struct Copy {
     const u8 *from;
-    int to, bytes;
+    int to, bytes, all;
 };
 
-// number `number` of a block's copies at a depth; row tiles beyond the last have none
-DEVICE Copy copy_of(const Params &p, const Block &b, int depth, int number) {
-    const int kind = number / ROW_TILES, own = number % ROW_TILES;
+// lane by lane the pieces up to a depth, scales and zero points of row tile `own` of a block; there are none beyond the last
+DEVICE Copy copy_of(const Params &p, const Block &b, int depth, int own, int lane) {
     const u64 row_tile = b.row_tile + own;
-    int count = 0;
-    Copy copy = {nullptr, 0, 0};
+    int count = 0, bits = 0;
+    Copy copy = {nullptr, 0, 0, 0};
     if (row_tile * 32 >= p.rows) return copy;
 #pragma unroll
     for (int piece = 0; piece < PIECES; piece++) {
         if (DEPTH[piece] > depth) continue;
-        if (kind == piece) copy = {p.pieces[piece] + row_tile * p.column_tiles * (256 * WIDTH[piece]), place_of_codes(piece, own), 512 * WIDTH[piece]};
-        count++;
+        if (lane == piece) copy = {p.pieces[piece] + row_tile * p.column_tiles * (256 * WIDTH[piece]), place_of_codes(piece, own), 512 * WIDTH[piece]};
+        count++, bits = END[piece];
     }
-    if (kind == count) copy = {p.scale + row_tile * p.groups * SCALES, place_of_scales(own), GROUPS * SCALES};
-    if (kind == count + 1) copy = {p.zero + row_tile * p.groups * ZEROS, place_of_zeros(own), GROUPS * ZEROS};
+    if (lane == count) copy = {p.scale + row_tile * p.groups * SCALES, place_of_scales(own), GROUPS * SCALES};
+    if (lane == count + 1) copy = {p.zero + row_tile * p.groups * ZEROS, place_of_zeros(own), GROUPS * ZEROS};
     copy.from += (u64)b.first * copy.bytes;
+    copy.all = bits * 512 + GROUPS * (SCALES + ZEROS);
     return copy;
 }
 
-// the copies of a lane, and the bytes of all of a stage
-struct Copies {
-    static constexpr int OWN = (ROW_TILES * (PIECES + 2) + 31) / 32;
-    Copy own[OWN];
-    int bytes;
-};
-
-DEVICE Copies copies_of(const Params &p, const Block &b, int depth, int lane) {
-    Copies copies;
-    int bits = 0;
-#pragma unroll
-    for (int piece = 0; piece < PIECES; piece++)
-        if (DEPTH[piece] <= depth) bits = END[piece];
-    const int left = (p.rows + 31) / 32 - b.row_tile, tiles = left < 0 ? 0 : left < ROW_TILES ? left : ROW_TILES;
-    copies.bytes = STAGE_BYTES + tiles * (bits * 512 + GROUPS * (SCALES + ZEROS));
-#pragma unroll
-    for (int i = 0; i < Copies::OWN; i++) copies.own[i] = copy_of(p, b, depth, i * 32 + lane);
-    return copies;
-}
-
-// announce a stage and bring all of it but x; called in order
-DEVICE void bring_codes(const Params &p, const Block &b, Copies &copies, int turn, int at, int lane) {
+// announce what this warp has of a stage, and bring all of it but x; called in order
+DEVICE void bring_codes(const Params &p, const Block &b, Copy &copy, int turn, int at, int own, int lane) {
     // a last step without codes gets those of the step before, which are numbers, for x that is zero
-    const bool alone = 2 * (b.first + turn) + 1 == p.column_tiles;
-    if (lane == 0) announce(b.full + at, copies.bytes);
+    const bool twice = 2 * (b.first + turn) + 1 == p.column_tiles && copy.to < ALL_CODES;
+    if (lane == 0) announce(b.full + at, copy.all + (own ? 0 : STAGE_BYTES));
     warp_sync();
-#pragma unroll
-    for (int i = 0; i < Copies::OWN; i++) {
-        Copy &copy = copies.own[i];
-        u8 *to = b.codes + at * CODES_BYTES + copy.to;
-        if (alone && copy.to < ALL_CODES) {
-            if (copy.bytes) copy_tile(to, copy.from, copy.bytes / 2, b.full + at), copy_tile(to + copy.bytes / 2, copy.from, copy.bytes / 2, b.full + at);
-        } else if (copy.bytes) copy_tile(to, copy.from, copy.bytes, b.full + at);
-        copy.from += copy.bytes;
-    }
+    u8 *to = b.codes + at * CODES_BYTES + copy.to;
+    const int bytes = twice ? copy.bytes / 2 : copy.bytes;
+    if (bytes) copy_tile(to, copy.from, bytes, b.full + at);
+    if (bytes && twice) copy_tile(to + bytes, copy.from, bytes, b.full + at);
+    copy.from += copy.bytes;
 }
 
 // x of a stage: of blocks that share it each brings one step to both
@@ -127,23 +104,23 @@ DEVICE void bring_x(const Params &p, const Block &b, int turn, int at) {
     else copy_to_all(to + b.beside * X_BYTES, from + b.beside * X_BYTES, X_BYTES, b.full + at, (u16)(3 << b.first_of_share));
 }
 
-// All of a block's stages, by one warp; what the tile holds. Where the depth is known, codes of the first stages, which no launch
-// changes, are asked for before the launch before has ended.
-DEVICE Run bring(const Params &p, const Block &b, int lane) {
-    Copies copies;
+// All stages of a block, by a warp its row tile `own`, and by the first x; what the tile holds. Where the depth is known, codes of the
+// first stages, which no launch changes, are asked for before the launch before has ended.
+DEVICE Run bring(const Params &p, const Block &b, int own, int lane) {
+    Copy copy = {nullptr, 0, 0, 0};
     int begun = 0;
     if (!p.runs.counts) {
-        copies = copies_of(p, b, p.runs.depth, lane);
-        for (; begun < b.stages && begun < b.turns; begun++) bring_codes(p, b, copies, begun, begun, lane);
+        copy = copy_of(p, b, p.runs.depth, own, lane);
+        for (; begun < b.stages && begun < b.turns; begun++) bring_codes(p, b, copy, begun, begun, own, lane);
     }
     wait_for_last();
     const Run run = run_of(p.runs, b.tile);
-    if (p.runs.counts) copies = copies_of(p, b, run.depth, lane);
+    if (p.runs.counts) copy = copy_of(p, b, run.depth, own, lane);
     Turn turn;
     for (int i = 0; run.depth && i < b.turns; i++) {
         if (i >= b.stages) wait_for_phase(b.empty + turn.at, turn.round ^ 1);
-        if (i >= begun) bring_codes(p, b, copies, i, turn.at, lane);
-        if (lane == 0) bring_x(p, b, i, turn.at);
+        if (i >= begun) bring_codes(p, b, copy, i, turn.at, own, lane);
+        if (own == 0 && lane == 0) bring_x(p, b, i, turn.at);
         go_on(turn, b.stages);
     }
     warp_sync();

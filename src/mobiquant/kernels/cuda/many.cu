@@ -4,9 +4,9 @@
 // of the activations.
 //
 // How. A block takes a tile of up to TOKENS tokens of one depth by 128 rows: two groups of four warps by 64 rows each. Weights are
-// the registers of the products, x is their matrix in shared memory. A ninth warp brings x as `arrange.cu` has laid it out, and codes,
-// scales and zero points, in stages of two steps of 64 columns. While the products of a step run, the codes of the next are turned
-// into weights.
+// the registers of the products, x is their matrix in shared memory. Four more warps bring x as `arrange.cu` has laid it out, and
+// codes, scales and zero points, in stages of two steps of 64 columns. While the products of a step run, the codes of the next are
+// turned into weights.
 //
 // Blocks of a cluster work on the same tokens. `share` (1 or 2) of them have rows beside each other and the same columns: each brings
 // its part of x to all of them. `split` others have the same rows, and each its part of the columns: their sums are added up at the
@@ -201,7 +201,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) many(const __grid_const
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const Block b = block_of(p, bytes);
     if (threadIdx.x == 0) {
-        for (int i = 0; i < b.stages; i++) set_up(b.full + i, 1), set_up(b.empty + i, WARPS * b.share);
+        for (int i = 0; i < b.stages; i++) set_up(b.full + i, ROW_TILES), set_up(b.empty + i, WARPS * b.share);
         show_barriers();
     }
     // barriers are there before another block reports to them
@@ -209,7 +209,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) many(const __grid_const
     let_next_begin();
     Run run = {};
     Sums sums = {};
-    if (warp == WARPS) run = bring(p, b, lane);
+    if (warp >= WARPS) run = bring(p, b, warp - WARPS, lane);
     else {
         wait_for_last();
         run = run_of(p.runs, b.tile);

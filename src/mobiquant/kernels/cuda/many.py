@@ -18,7 +18,7 @@ from mobiquant.kernels.cuda.tiles import COLUMNS, LANES, Tiles, definitions
 
 SLOTS, WARPS = 8, 8
 # of `many.cu`: rows and threads of a block, most stages, shared memory of a block; of `arrange.cu`
-ROWS, THREADS, STAGES, MEMORY, ARRANGE_THREADS = 128, 288, 6, 227 << 10, 256
+ROWS, THREADS, STAGES, MEMORY, ARRANGE_THREADS = 128, 384, 6, 227 << 10, 256
 
 
 class Way(NamedTuple):
