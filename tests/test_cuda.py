@@ -347,7 +347,7 @@ TOGETHER = [
     (128, 576, 128, 40, 64),
     (160, 200, 64, 140, 64),
     (192, 192, 32, 130, 128),
-    (576, 72, 64, 64, 64),
+    (576, 520, 64, 30, 64),
     (48, 1096, 128, 20, 64),
 ]
 
@@ -368,6 +368,8 @@ def test_blocks_that_work_together_give_the_same_whatever_their_number(rows, col
     for every in (2, 5) if way == many.WAYS[-1] else (3,):
         exact = (x.double() @ weight.read(every).double().T).to(x.dtype)
         assert torch.equal(many.fused(x, laid(weight), every, way, own=own, stages=2), exact)
+    # all rows at once, or in two launches
+    assert torch.equal(many.fused(x, laid(weight), every, own=own), exact)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -389,6 +391,11 @@ def test_columns_are_shared_out_where_processors_are_left_over_and_x_is_shared_e
     assert many.way_for(2, 32, 64, 132) == (1, 2) and many.way_for(1, 96, 64, 132) == (2, 1)
     # few columns are not, and one block of rows has none to share with
     assert many.way_for(1, 1, 2, 132) == (1, 1)
+    # 172 blocks of rows by four tiles: five times all processors, and a rest that is shared out
+    assert many.launches_for(4, 172, 64, 132) == [(164, (2, 1)), (8, (1, 4))]
+    assert many.launches_for(4, 96, 64, 132) == [(96, (2, 1))] and many.launches_for(1, 32, 64, 132) == [(32, (1, 4))]
+    for blocks, tile_count in ((172, 1), (133, 1), (33, 4), (67, 2), (3, 3), (1, 200)):
+        assert sum(count for count, _ in many.launches_for(tile_count, blocks, 64, 132)) == blocks
     for slices in LISTS:
         for group in tiles.GROUPS:
             for own in (64, 128):

@@ -268,6 +268,7 @@ inline void come_to_cluster() {
     simt::now->meeting = first.meeting;
     if (++first.together == first.threads * (int)simt::now->block->cluster.size()) first.together = 0, first.meeting++;
 }
+inline void come_with_barriers() { come_to_cluster(); }
 inline void wait_for_cluster() {
     while (simt::now->block->cluster[0]->meeting == simt::now->meeting) simt::yield();
 }

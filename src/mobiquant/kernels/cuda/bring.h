@@ -24,6 +24,7 @@ struct Params {
     const u8 *x;               // of `arrange.cu` [tiles, steps, TOKENS * 128]
     u16 *out;                  // [tokens, rows]
     int rows, column_tiles, groups, steps;
+    int first_block;           // of 128 rows: those of this launch
     int share, split, stages;  // blocks that share x and that share out the columns: a cluster; stages that shared memory holds
 };
 
@@ -44,7 +45,7 @@ DEVICE Block block_of(const Params &p, u8 *bytes) {
     b.stages = p.stages, b.share = p.share, b.beside = rank % p.share, b.part = rank / p.share;
     b.first_of_share = b.part * p.share;
     // tiles of the same rows run side by side
-    b.tile = cluster % p.runs.tiles, b.row_tile = (cluster / p.runs.tiles * p.share + b.beside) * ROW_TILES;
+    b.tile = cluster % p.runs.tiles, b.row_tile = (p.first_block + cluster / p.runs.tiles * p.share + b.beside) * ROW_TILES;
     b.first = turns * b.part / p.split, b.turns = turns * (b.part + 1) / p.split - b.first;
     return b;
 }

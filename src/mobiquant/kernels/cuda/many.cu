@@ -205,7 +205,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) many(const __grid_const
         show_barriers();
     }
     // barriers are there before another block reports to them
-    come_to_cluster(), wait_for_cluster();
+    come_with_barriers(), wait_for_cluster();
     let_next_begin();
     Run run = {};
     Sums sums = {};
@@ -222,7 +222,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) many(const __grid_const
     __syncthreads();
     if (p.split > 1) {
         store_parts(p, run, b, sums);
-        come_to_cluster();
+        // what was read of others has come: results are made of it
+        come_with_barriers();
     } else {
         come_to_cluster();
         store_out(p, run, b, sums);

@@ -90,7 +90,7 @@ def fused_parameters(pieces: int) -> tuple[type[ctypes.Structure], type[ctypes.S
 
     class Many(ctypes.Structure):
         _fields_ = [("runs", Runs), ("pieces", address * pieces)] + [(n, address) for n in ("scale", "zero", "x", "out")] \
-            + [(n, whole) for n in ("rows", "column_tiles", "groups", "steps", "share", "split", "stages")]  # fmt: skip
+            + [(n, whole) for n in ("rows", "column_tiles", "groups", "steps", "first_block", "share", "split", "stages")]  # fmt: skip
 
     return Arrange, Many
 
@@ -99,6 +99,15 @@ def way_for(tiles: int, row_blocks: int, steps: int, processors: int) -> Way:
     """For so many tiles of tokens and blocks of rows: where processors are left over columns are shared out, else x is shared."""
     split = next((n for n in (4, 2) if tiles * row_blocks * n <= processors and steps >= 4 * n), 1)
     return Way(2 if split == 1 and row_blocks > 1 else 1, split)
+
+
+def launches_for(tiles: int, row_blocks: int, steps: int, processors: int) -> list[tuple[int, Way]]:
+    """Launches one after the other, blocks of rows and the way of each: rows that would keep few processors busy go by themselves."""
+    whole = tiles * row_blocks // processors * processors // tiles // 2 * 2
+    last = way_for(tiles, row_blocks - whole, steps, processors)
+    if not 0 < whole < row_blocks or last.split == 1:
+        return [(row_blocks, way_for(tiles, row_blocks, steps, processors))]
+    return [(whole, Way(2, 1)), (row_blocks - whole, last)]
 
 
 def stages_for(own: int, weight: Tiles) -> tuple[int, int]:
@@ -139,13 +148,17 @@ def fused(
         p.pieces[i] = piece.data_ptr()
     p.scale, p.zero, p.x, p.out = weight.scale.data_ptr(), weight.zero.data_ptr(), laid.data_ptr(), out.data_ptr()
     p.rows, row_blocks = weight.rows, -(-weight.rows // ROWS)
-    p.share, p.split = way or way_for(-(-tokens // own), row_blocks, p.steps, compiler.processors(x.device))
     held, memory = stages_for(own, weight)
     p.stages = min(stages, held)
     made = compiler.kernel("many", (*how, *definitions(weight.slices, weight.group_size)), device)
-    # a last cluster may have a block without rows
-    blocks = tiles * -(-row_blocks // p.share) * p.share * p.split
-    made.launch(blocks, THREADS, p, memory, overlap=True, cluster=p.share * p.split)
+    shape = -(-tokens // own), row_blocks, p.steps, compiler.processors(x.device)
+    # how many tiles there are of mixed depths is not known here
+    launches = launches_for(*shape) if isinstance(depth, int) else [(row_blocks, way_for(*shape))]
+    for count, (p.share, p.split) in launches if way is None else [(row_blocks, way)]:
+        # a last cluster may have a block without rows
+        blocks = tiles * -(-count // p.share) * p.share * p.split
+        made.launch(blocks, THREADS, p, memory, overlap=True, cluster=p.share * p.split)
+        p.first_block += count
     return out
 
 

@@ -47,6 +47,8 @@ DEVICE int rank_in_cluster() {
 }
 // all threads of all blocks meet, in two parts: what they did before `come_to_cluster` is done after `wait_for_cluster`
 DEVICE void come_to_cluster() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+// with nothing done that others have to see but barriers that were shown: waits for no writes
+DEVICE void come_with_barriers() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
 DEVICE void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 // where another block has what lies at this place here
 DEVICE u32 address_in(const void *at, int rank) {
