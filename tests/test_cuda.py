@@ -341,8 +341,17 @@ def test_fused_products_keep_nan_in_its_row_and_repeat(device):
     assert made[5].isnan().all() and not made[9].isfinite().any()
 
 
-# blocks of 128 rows that share x or share out the columns, the last of which may have no rows or only some: rows, columns, group,
-# tokens and those of a tile
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("tokens", "depths"), [(1, 2), (37, 8), (256, 5), (1000, 3)])
+def test_tokens_are_put_in_the_order_of_their_depths(tokens, depths, device):
+    depth = torch.randint(1, depths + 1, (tokens,), generator=torch.Generator().manual_seed(tokens)).to(device)
+    order, counts = many.order_of(depth, depths)
+    assert torch.equal(order.long(), depth.argsort(stable=True))
+    assert torch.equal(counts.long(), depth.bincount(minlength=depths + 1)[1:])
+
+
+# blocks of 128 rows that share x or share out the columns, the last of which may have no rows or only some: rows, columns,
+# group, tokens and those of a tile
 TOGETHER = [
     (128, 576, 128, 40, 64),
     (160, 200, 64, 140, 64),

@@ -10,15 +10,15 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
 from mobiquant.kernels.cuda import compiler
 from mobiquant.kernels.cuda.tiles import COLUMNS, LANES, Tiles, definitions
 
 SLOTS, WARPS = 8, 8
-# of `many.cu`: rows and threads of a block, most stages, shared memory of a block; of `arrange.cu`
-ROWS, THREADS, STAGES, MEMORY, ARRANGE_THREADS = 128, 384, 6, 227 << 10, 256
+# of `many.cu`: rows and threads of a block, most stages, shared memory of a block; threads of `arrange.cu` and `order.cu`
+ROWS, THREADS, STAGES, MEMORY, ARRANGE_THREADS, ORDER_THREADS = 128, 384, 6, 227 << 10, 256, 256
 
 
 class Way(NamedTuple):
@@ -96,13 +96,13 @@ def fused_parameters(pieces: int) -> tuple[type[ctypes.Structure], type[ctypes.S
 
 
 def way_for(tiles: int, row_blocks: int, steps: int, processors: int) -> Way:
-    """For so many tiles of tokens and blocks of rows: where processors are left over columns are shared out, else x is shared."""
+    """For so many tiles of tokens and blocks of rows: columns are shared out if processors are left over, else x is shared."""
     split = next((n for n in (4, 2) if tiles * row_blocks * n <= processors and steps >= 4 * n), 1)
     return Way(2 if split == 1 and row_blocks > 1 else 1, split)
 
 
 def launches_for(tiles: int, row_blocks: int, steps: int, processors: int) -> list[tuple[int, Way]]:
-    """Launches one after the other, blocks of rows and the way of each: rows that would keep few processors busy go by themselves."""
+    """Blocks of rows and the way of launches that follow each other: those that keep few processors busy have their own."""
     whole = tiles * row_blocks // processors * processors // tiles // 2 * 2
     last = way_for(tiles, row_blocks - whole, steps, processors)
     if not 0 < whole < row_blocks or last.split == 1:
@@ -120,22 +120,46 @@ def stages_for(own: int, weight: Tiles) -> tuple[int, int]:
     return stages, 1024 + stages * stage
 
 
+class Order(ctypes.Structure):
+    """`Params` of `order.cu`."""
+
+    _fields_ = [(n, ctypes.c_uint64) for n in ("depth", "order", "counts")] + [
+        (n, ctypes.c_int32) for n in ("tokens", "depths")
+    ]
+
+
+def order_of(depth: Int[Tensor, " T"], depths: int) -> tuple[Int32[Tensor, " T"], Int32[Tensor, " E"]]:
+    """The order of tokens by depth, those of one depth as they were, and how many read each."""
+    depth, p = depth.long().contiguous(), Order()
+    order = torch.empty(depth.shape[0], dtype=torch.int32, device=depth.device)
+    counts = torch.empty(depths, dtype=torch.int32, device=depth.device)
+    p.depth, p.order, p.counts, p.tokens, p.depths = (
+        depth.data_ptr(), order.data_ptr(), counts.data_ptr(), depth.shape[0], depths,
+    )  # fmt: skip
+    # no number of it is an activation's
+    made = compiler.kernel("order", (("BF16", 0),), depth.device.index or 0)
+    made.launch(1, ORDER_THREADS, p, 8 * (ORDER_THREADS + LANES + 1) * 4, overlap=True)
+    return order, counts
+
+
 def fused(
     x: Float[Tensor, "T K"], weight: Tiles, depth: Int[Tensor, " T"] | int, way: Way | None = None, stages: int = STAGES,
     own: int = 0,
 ) -> Float[Tensor, "T N"]:  # fmt: skip
-    """`product` by `arrange.cu` and `many.cu`; `way`, most `stages` and `own` tokens of a tile (64 or 128) as given, or as is best."""
+    """`product` by `arrange.cu` and `many.cu`. Given or as is best: `way`, most `stages`, `own` tokens of a tile (64, 128)."""
     x, (tokens, columns), every, device = x.contiguous(), x.shape, len(weight.slices), x.device.index or 0
     out = x.new_empty(tokens, weight.rows)
+    if not tokens:
+        return out
     own = own or (64 if tokens <= 64 else 128)
     arrange, p = (one() for one in fused_parameters(len(weight.pieces)))
-    runs, tiles = p.runs, -(-tokens // own)
+    runs, tiles, mixed = p.runs, -(-tokens // own), None
     if isinstance(depth, int):
         runs.depth = depth
     else:
-        order, counts = depth.argsort(stable=True).int(), counts_of(depth, every)
+        mixed = order_of(depth, every)
         # each depth may leave a tile unfilled
-        runs.order, runs.counts, tiles = order.data_ptr(), counts.data_ptr(), tiles + every - 1
+        runs.order, runs.counts, tiles = mixed[0].data_ptr(), mixed[1].data_ptr(), tiles + every - 1
     runs.tokens, runs.depths, runs.tiles = tokens, every, tiles
     p.column_tiles, p.groups = weight.pieces[0].shape[1], weight.scale.shape[1]
     p.steps = -(-p.column_tiles // 2) * 2
@@ -152,9 +176,9 @@ def fused(
     p.stages = min(stages, held)
     made = compiler.kernel("many", (*how, *definitions(weight.slices, weight.group_size)), device)
     shape = -(-tokens // own), row_blocks, p.steps, compiler.processors(x.device)
-    # how many tiles there are of mixed depths is not known here
-    launches = launches_for(*shape) if isinstance(depth, int) else [(row_blocks, way_for(*shape))]
-    for count, (p.share, p.split) in launches if way is None else [(row_blocks, way)]:
+    # how many tiles mixed depths have is not known here
+    launches = [(row_blocks, way or way_for(*shape))] if way or mixed else launches_for(*shape)
+    for count, (p.share, p.split) in launches:
         # a last cluster may have a block without rows
         blocks = tiles * -(-count // p.share) * p.share * p.split
         made.launch(blocks, THREADS, p, memory, overlap=True, cluster=p.share * p.split)
