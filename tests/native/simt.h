@@ -304,7 +304,8 @@ struct View {
     const u8 *tile;
     int step;
 };
-inline View view_of(const u8 *tile, int step) { return {tile, step}; }
+inline View view_of(const u8 *tile) { return {tile, 0}; }
+inline View view_beyond(View tile, int bytes, int step) { return {tile.tile + bytes, step}; }
 inline float wide_bits(u16 value) { return BF16 ? from_bf16(value) : from_fp16(value); }
 template <int count> inline void multiply_tokens(float (&d)[count], const u32 (&a)[4], View b) {
     const auto all = simt::meet(a, 4);

@@ -28,7 +28,15 @@ struct Own {
 
 // ---- weights
 
-// the words of a lane of step `step` of a stage, in the places that those of half 0 of a tile have
+// whether a piece of one bit is taken together with the next, which has one bit too
+constexpr bool is_joined(int piece, int last) {
+    int before = 0;
+    while (before < piece && WIDTH[piece - 1 - before] == 1) before++;
+    return WIDTH[piece] == 1 && before % 2 == 0 && piece + 1 < last && WIDTH[piece + 1] == 1;
+}
+
+// The words of a lane of step `step` of a stage, in the places that those of half 0 of a tile have. Two pieces of one bit become
+// fields of two bits, which takes half the work for each code: of u = 0 in one word, of u = 1 in the other.
 template <int last, int piece = 0> DEVICE void take_words(u32 *words, const u8 *codes, const Own &own, int step) {
     if constexpr (piece < last) {
         constexpr int width = WIDTH[piece];
@@ -39,7 +47,25 @@ template <int last, int piece = 0> DEVICE void take_words(u32 *words, const u8 *
             to[0] = got.x, to[1] = got.y;
         } else to[0] = *(const u32 *)from;
         take_words<last, piece + 1>(words, codes, own, step);
+        if constexpr (is_joined(piece, last)) {
+            const u32 upper = to[0], lower = to[2];
+            to[0] = (upper & 0xaaaaaaaau) | (lower >> 1 & 0x55555555u);
+            to[1] = (upper << 1 & 0xaaaaaaaau) | (lower & 0x55555555u);
+        }
     }
+}
+
+// as `fragment`, of these words, in codes of `less` bits less than eight
+template <int last, int f, int a, int less, int piece = 0> DEVICE u32 codes_of(const u32 *words) {
+    const u32 *own = words + words_before(piece);
+    constexpr bool joined = is_joined(piece, last);
+    u32 found;
+    if constexpr (WIDTH[piece] == 2) found = codes<2, END[piece], a, less>(own[f]);
+    else if constexpr (joined) found = codes<2, END[piece] + 1, 2 * f + a / 2, less>(own[a % 2]);
+    else found = codes<1, END[piece], 4 * f + a, less>(own[0]);
+    constexpr int next = piece + 1 + joined;
+    if constexpr (next < last) found |= codes_of<last, f, a, less, next>(words);
+    return found;
 }
 
 // what makes weights of the codes of a row
@@ -79,7 +105,7 @@ template <int last> DEVICE void rows_of(Row (&rows)[2], const u8 *codes, const O
 // the weights of 16 columns: eights' half h of the 32 columns f
 template <int last, int f, int h> DEVICE void make_sixteen(u32 (&a)[4], const u32 *words, const Row (&rows)[2]) {
     constexpr int less = whole_bytes<last> ? 0 : 1;
-    const u32 both[2] = {fragment<0, 0, last, 0, f, 2 * h, less>(words), fragment<0, 0, last, 0, f, 2 * h + 1, less>(words)};
+    const u32 both[2] = {codes_of<last, f, 2 * h, less>(words), codes_of<last, f, 2 * h + 1, less>(words)};
 #pragma unroll
     for (int u = 0; u < 2; u++) {
         a[u] = narrow_two(value<last>(both[u], 0, rows[u]), value<last>(both[u], 1, rows[u]));
@@ -104,10 +130,10 @@ template <int last, int step> DEVICE void make_weights(Weights &weights, Row (&r
 typedef float Sums[TOKENS / 2];  // rows lane / 4 and 8 more of the warp, tokens 8 n + lane % 4 * 2 and the next: at 4 n
 
 // begin the products of a step, and wait for those of the step before
-DEVICE void multiply_step(Sums &sums, const Weights &weights, const u8 *x) {
+DEVICE void multiply_step(Sums &sums, const Weights &weights, View x, int beyond) {
     products_begin();
 #pragma unroll
-    for (int i = 0; i < 4; i++) multiply_tokens(sums, weights[i], view_of(x, i));
+    for (int i = 0; i < 4; i++) multiply_tokens(sums, weights[i], view_beyond(x, beyond, i));
     products_end();
     wait_for_products<1>();
 }
@@ -116,19 +142,21 @@ template <int last> DEVICE void multiply(Sums &sums, const Block &b, const Own &
     Weights even, odd;
     Row rows[2];
     Turn turn;
+    const View first = view_of(b.x);
 #pragma unroll 1
     for (int left = b.turns; left; left--) {
-        const u8 *codes = b.codes + turn.at * CODES_BYTES, *x = b.x + turn.at * STAGE_BYTES;
+        const u8 *codes = b.codes + turn.at * CODES_BYTES;
+        const View x = view_beyond(first, turn.at * STAGE_BYTES, 0);
         u32 words[2][words_before(last)];
         wait_for_phase(b.full + turn.at, turn.round);
         take_words<last>(words[0], codes, own, 0);
         take_words<last>(words[1], codes, own, 1);
         make_weights<last, 0>(even, rows, words[0], codes, own);
-        multiply_step(sums, even, x);
+        multiply_step(sums, even, x, 0);
         // the products of the stage before are done; all who bring x wait for all who read it
         if (left < b.turns && own.lane < b.share) come_in(b.empty + place_before(turn, b.stages), b.first_of_share + own.lane);
         make_weights<last, 1>(odd, rows, words[1], codes, own);
-        multiply_step(sums, odd, x + X_BYTES);
+        multiply_step(sums, odd, x, X_BYTES);
         go_on(turn, b.stages);
     }
     wait_for_products<0>();

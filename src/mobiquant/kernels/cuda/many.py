@@ -89,8 +89,9 @@ def fused_parameters(pieces: int) -> tuple[type[ctypes.Structure], type[ctypes.S
         _fields_ = [("runs", Runs)] + [(n, address) for n in ("x", "out")] + [(n, whole) for n in ("columns", "steps")]
 
     class Many(ctypes.Structure):
+        numbers = "rows", "column_tiles", "groups", "steps", "first_block", "share", "split", "stages"
         _fields_ = [("runs", Runs), ("pieces", address * pieces)] + [(n, address) for n in ("scale", "zero", "x", "out")] \
-            + [(n, whole) for n in ("rows", "column_tiles", "groups", "steps", "first_block", "share", "split", "stages")]  # fmt: skip
+            + [(n, whole) for n in numbers]  # fmt: skip
 
     return Arrange, Many
 

@@ -82,12 +82,12 @@ DEVICE void products_end() { asm volatile("wgmma.commit_group.sync.aligned;" :::
 // all groups of products are done, but for the last `left`
 template <int left> DEVICE void wait_for_products() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(left) : "memory"); }
 
-// 16 columns of a tile of x, from number 16 * step
+// 16 columns of a tile of x, from number 16 * step; the tile is so many bytes beyond another
 typedef u64 View;
-DEVICE View view_of(const u8 *tile, int step) {
-    const u64 at = __cvta_generic_to_shared(tile) + step * 32;
-    return (at & 0x3ffff) >> 4 | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+DEVICE View view_of(const u8 *tile) {
+    return (__cvta_generic_to_shared(tile) & 0x3ffff) >> 4 | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
 }
+DEVICE View view_beyond(View tile, int bytes, int step) { return (tile & ~(u64)~0u) | (u32)((u32)tile + (bytes + step * 32) / 16); }
 
 #define FOUR(n) "%" #n "0, %" #n "1, %" #n "2, %" #n "3, %" #n "4, %" #n "5, %" #n "6, %" #n "7, %" #n "8, %" #n "9, "
 #define HELD(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
