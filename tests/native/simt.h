@@ -52,6 +52,7 @@ struct Block {
     std::vector<std::pair<void *, std::function<void()>>> tiles;
     std::vector<Block *> cluster;
     int said = 0, arrived = 0, turn = 0, threads = 0, ended = 0, rank = 0;
+    unsigned begins = 0;            // turns before it does
     int together = 0, meeting = 0;  // of the first block of a cluster: threads that have come, and how often all did
     // as far beyond a multiple of 1024 in all blocks, as their shared memory is in a cluster
     u8 *shared() { return (u8 *)(((uintptr_t)memory.data() + 1023) & ~(uintptr_t)1023) + 64; }
@@ -128,12 +129,15 @@ inline void launch(unsigned grid, unsigned per_block, size_t memory, unsigned cl
         for (unsigned i = 0; i < cluster; i++) made[b]->cluster.push_back(made[b - b % cluster + i].get());
     }
     u64 state = seed * 2654435761ull + 1;
-    for (size_t left = threads.size(), idle = 0; left;) {
-        state = state * 6364136223846793005ull + 1442695040888963407ull;
+    const auto draw = [&] { return state = state * 6364136223846793005ull + 1442695040888963407ull; };
+    for (auto &block : made) block->begins = (draw() >> 33) % 8;
+    unsigned turns = 0;
+    for (size_t left = threads.size(), idle = 0; left; turns++) {
+        draw();
         const size_t start = (state >> 33) % threads.size(), before = left;
         for (size_t i = 0; i < threads.size(); i++) {
             Thread *one = threads[(start + i) % threads.size()].get();
-            if (one->ended) continue;
+            if (one->ended || turns < one->block->begins) continue;
             resume(one);
             left -= one->ended, one->block->ended += one->ended;
         }
@@ -254,10 +258,15 @@ inline void settle_barrier(Barrier *at) {
     if (at->left || at->bytes) return;
     at->phase++, at->left = at->count;
 }
-inline void come(Barrier *at) { at->left--, settle_barrier(at); }
+// shared memory is full of ones at first
+inline void check_barrier(const Barrier *at) {
+    if (at->count == 255) std::fprintf(stderr, "a barrier that was not set up is reported to\n"), std::abort();
+}
+inline void come(Barrier *at) { check_barrier(at), at->left--, settle_barrier(at); }
 inline void announce(Barrier *at, u32 bytes) { at->bytes += bytes, come(at); }
 inline void send_tile(simt::Block *block, u8 *to, const u8 *from, u32 bytes, Barrier *at) {
     if (((uintptr_t)to | (uintptr_t)from | bytes) % 16) std::fprintf(stderr, "a copy that is not aligned\n"), std::abort();
+    check_barrier(at);
     block->tiles.push_back({at, [=] { std::memcpy(to, from, bytes), at->bytes -= bytes, settle_barrier(at); }});
 }
 inline void copy_tile(u8 *to, const u8 *from, u32 bytes, Barrier *at) { send_tile(simt::now->block, to, from, bytes, at); }
