@@ -54,14 +54,14 @@ class Emulated(compiler.Kernel):
             new.replace(library)
         loaded = ctypes.CDLL(str(library))
         self.run, self.change_late = loaded.run, loaded.change_late
-        self.run.argtypes = (ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_ulong, ctypes.c_uint)
+        self.run.argtypes = (ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_ulong, ctypes.c_uint, ctypes.c_uint)
         self.change_late.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_ulong)
 
-    def launch(self, blocks, threads, parameters, memory=0, overlap=False):
+    def launch(self, blocks, threads, parameters, memory=0, overlap=False, cluster=1):
         for to, values in Emulated.late.items():
             self.change_late(to.data_ptr(), values.data_ptr(), values.nbytes)
         if blocks:
-            self.run(ctypes.addressof(parameters), blocks, threads, memory, Emulated.seed)
+            self.run(ctypes.addressof(parameters), blocks, threads, memory, cluster, Emulated.seed)
 
 
 @lru_cache
@@ -73,7 +73,7 @@ def kernel(name, definitions, _device):
 def emulate(monkeypatch, seed=0):
     """Run the kernels on the CPU: four blocks of four warps whose threads take turns in an order that `seed` draws."""
     monkeypatch.setattr(compiler, "kernel", kernel)
-    monkeypatch.setattr(few, "processors", lambda _: 4)
+    monkeypatch.setattr(compiler, "processors", lambda _: 4)
     monkeypatch.setattr(few, "shared_memory", lambda _: 227 << 10)
     monkeypatch.setattr(many, "has_warpgroups", lambda _: True)
     monkeypatch.setattr(few, "SHAPES", dict.fromkeys(few.SHAPES, few.Shape(4, 1)))

@@ -342,6 +342,77 @@ def test_fused_products_keep_nan_in_its_row_and_repeat(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("tokens", "depths"), [(1, 2), (37, 8), (256, 5), (1000, 3)])
+def test_tokens_are_put_in_the_order_of_their_depths(tokens, depths, device):
+    depth = torch.randint(1, depths + 1, (tokens,), generator=torch.Generator().manual_seed(tokens)).to(device)
+    order, counts = many.order_of(depth, depths)
+    assert torch.equal(order.long(), depth.argsort(stable=True))
+    assert torch.equal(counts.long(), depth.bincount(minlength=depths + 1)[1:])
+
+
+# blocks of 128 rows that share x or share out the columns, the last of which may have no rows or only some: rows, columns,
+# group, tokens and those of a tile
+TOGETHER = [
+    (128, 576, 128, 40, 64),
+    (160, 200, 64, 140, 64),
+    (192, 192, 32, 130, 128),
+    (576, 520, 64, 30, 64),
+    (48, 1096, 128, 20, 64),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("way", [*many.WAYS, many.Way(2, 2)], ids=lambda way: f"share{way.share}-split{way.split}")
+@pytest.mark.parametrize(("rows", "columns", "group", "tokens", "own"), TOGETHER)
+def test_blocks_that_work_together_give_the_same_whatever_their_number(rows, columns, group, tokens, own, way, device):
+    ways_on(device, many.fused)
+    weight = moved(packed(rows, columns, (2, 1, 1, 2, 2), group), device)
+    # steps of a power of two and x of small whole numbers: all sums are exact, in any order
+    weight = matmul.Packed(weight.planes, torch.ones_like(weight.scale) / 4, *list(vars(weight).values())[2:])
+    x = torch.randint(-2, 3, (tokens, columns), generator=torch.Generator().manual_seed(1)).to(torch.float16).to(device)
+    # depths 1 and 4 are read by nobody, 3 only by the last
+    depth = torch.where(torch.arange(tokens) == tokens - 1, 3, torch.where(torch.arange(tokens) % 3 == 0, 2, 5)).to(device)
+    wanted = matmul.reference(x.double(), weight, depth).to(x.dtype)
+    assert torch.equal(many.fused(x, laid(weight), depth, way, own=own), wanted)
+    for every in (2, 5) if way == many.WAYS[-1] else (3,):
+        exact = (x.double() @ weight.read(every).double().T).to(x.dtype)
+        assert torch.equal(many.fused(x, laid(weight), every, way, own=own, stages=2), exact)
+    # all rows at once, or in two launches
+    assert torch.equal(many.fused(x, laid(weight), every, own=own), exact)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("way", many.WAYS[1:], ids=lambda way: f"share{way.share}-split{way.split}")
+def test_blocks_that_work_together_keep_nan_in_its_row_and_repeat(way, device):
+    ways_on(device, many.fused)
+    weight, x = laid(moved(packed(160, 840, (3, 1, 2), 128), device)), normal(30, 840).to(torch.bfloat16).to(device)
+    alone = many.fused(x, weight, 2, many.WAYS[0])
+    x[5, 3], x[9, 800] = float("nan"), float("inf")
+    made, again = many.fused(x, weight, 2, way), many.fused(x, weight, 2, way)
+    others = [t for t in range(30) if t not in (5, 9)]
+    assert torch.equal(made[others], again[others]) and snr_db(alone[others].float(), made[others].float()) > 45
+    assert made[5].isnan().all() and not made[9].isfinite().any()
+
+
+def test_columns_are_shared_out_where_processors_are_left_over_and_x_is_shared_else():
+    # 512 tokens of 4096 rows fill 132 processors, 64 tokens a quarter of them
+    assert many.way_for(4, 32, 64, 132) == (2, 1) and many.way_for(1, 32, 64, 132) == (1, 4)
+    assert many.way_for(2, 32, 64, 132) == (1, 2) and many.way_for(1, 96, 64, 132) == (2, 1)
+    # few columns are not, and one block of rows has none to share with
+    assert many.way_for(1, 1, 2, 132) == (1, 1)
+    # 172 blocks of rows by four tiles: five times all processors, and a rest that is shared out
+    assert many.launches_for(4, 172, 64, 132) == [(164, (2, 1)), (8, (1, 4))]
+    assert many.launches_for(4, 96, 64, 132) == [(96, (2, 1))] and many.launches_for(1, 32, 64, 132) == [(32, (1, 4))]
+    for blocks, tile_count in ((172, 1), (133, 1), (33, 4), (67, 2), (3, 3), (1, 200)):
+        assert sum(count for count, _ in many.launches_for(tile_count, blocks, 64, 132)) == blocks
+    for slices in LISTS:
+        for group in tiles.GROUPS:
+            for own in (64, 128):
+                stages, memory = many.stages_for(own, laid(packed(32, 128, slices, group)))
+                assert 3 < stages <= many.STAGES and memory <= many.MEMORY
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_kernels_that_fail_or_are_wrong_are_not_used_and_say_why(device, monkeypatch):
     place = torch.device(device)
     product.failing.cache_clear()

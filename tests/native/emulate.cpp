@@ -12,6 +12,6 @@ extern "C" void change_late(void *to, const void *from, unsigned long bytes) {
     };
 }
 
-extern "C" void run(const Params *p, unsigned blocks, unsigned threads, unsigned long memory, unsigned seed) {
-    simt::launch(blocks, threads, memory, seed, [=] { KERNEL(*p); });
+extern "C" void run(const Params *p, unsigned blocks, unsigned threads, unsigned long memory, unsigned cluster, unsigned seed) {
+    simt::launch(blocks, threads, memory, cluster, seed, [=] { KERNEL(*p); });
 }

@@ -50,7 +50,12 @@ struct Block {
     std::vector<u8> memory;
     std::vector<Warp> warps;
     std::vector<std::pair<void *, std::function<void()>>> tiles;
-    int said = 0, arrived = 0, turn = 0, threads = 0;
+    std::vector<Block *> cluster;
+    int said = 0, arrived = 0, turn = 0, threads = 0, ended = 0, rank = 0;
+    unsigned begins = 0;            // turns before it does
+    int together = 0, meeting = 0;  // of the first block of a cluster: threads that have come, and how often all did
+    // as far beyond a multiple of 1024 in all blocks, as their shared memory is in a cluster
+    u8 *shared() { return (u8 *)(((uintptr_t)memory.data() + 1023) & ~(uintptr_t)1023) + 64; }
 };
 
 struct Thread {
@@ -60,6 +65,7 @@ struct Thread {
     unsigned thread, number;
     jmp_buf place;
     bool begun = false, ended = false;
+    int meeting = 0;
     std::vector<Copy> copies;
     std::vector<size_t> groups;
 };
@@ -73,7 +79,14 @@ inline std::function<void()> late;
 inline u32 state;
 constexpr size_t STACK = 96 << 10;
 
-inline u8 *shared() { return (u8 *)(((uintptr_t)now->block->memory.data() + 63) & ~(uintptr_t)63); }
+inline u8 *shared() { return now->block->shared(); }
+
+// what lies at this place of shared memory in another block of the cluster, none of whose threads may have left
+template <class T> inline T *in_block(T *at, int rank) {
+    Block *other = now->block->cluster[rank];
+    if (other->ended) std::fprintf(stderr, "a block that has ended is reached for\n"), std::abort();
+    return (T *)(other->shared() + ((u8 *)at - shared()));
+}
 
 // swapcontext asks the system for signal masks each time; jumps do not
 inline void yield() {
@@ -94,13 +107,13 @@ inline void entry() {
     yield();
 }
 
-// run `work` in every thread of a launch
-inline void launch(unsigned grid, unsigned per_block, size_t memory, unsigned seed, std::function<void()> work) {
+// run `work` in every thread of a launch of blocks in clusters
+inline void launch(unsigned grid, unsigned per_block, size_t memory, unsigned cluster, unsigned seed, std::function<void()> work) {
     std::vector<std::unique_ptr<Block>> made;
     threads.clear(), body = work, blocks = grid;
     for (unsigned b = 0; b < grid; b++) {
         made.push_back(std::make_unique<Block>());
-        made[b]->memory.resize(memory + 64, 0xcd), made[b]->warps.resize(per_block / 32), made[b]->threads = per_block;
+        made[b]->memory.resize(memory + 1088, 0xff), made[b]->warps.resize(per_block / 32), made[b]->threads = per_block;
         for (unsigned t = 0; t < per_block; t++) {
             auto one = std::make_unique<Thread>();
             one->stack.reset(new u8[STACK]), one->block = made[b].get(), one->thread = t, one->number = b;
@@ -110,15 +123,23 @@ inline void launch(unsigned grid, unsigned per_block, size_t memory, unsigned se
             threads.push_back(std::move(one));
         }
     }
+    if (grid % cluster) std::fprintf(stderr, "%u blocks in clusters of %u\n", grid, cluster), std::abort();
+    for (unsigned b = 0; b < grid; b++) {
+        made[b]->rank = b % cluster;
+        for (unsigned i = 0; i < cluster; i++) made[b]->cluster.push_back(made[b - b % cluster + i].get());
+    }
     u64 state = seed * 2654435761ull + 1;
-    for (size_t left = threads.size(), idle = 0; left;) {
-        state = state * 6364136223846793005ull + 1442695040888963407ull;
+    const auto draw = [&] { return state = state * 6364136223846793005ull + 1442695040888963407ull; };
+    for (auto &block : made) block->begins = (draw() >> 33) % 8;
+    unsigned turns = 0;
+    for (size_t left = threads.size(), idle = 0; left; turns++) {
+        draw();
         const size_t start = (state >> 33) % threads.size(), before = left;
         for (size_t i = 0; i < threads.size(); i++) {
             Thread *one = threads[(start + i) % threads.size()].get();
-            if (one->ended) continue;
+            if (one->ended || turns < one->block->begins) continue;
             resume(one);
-            left -= one->ended;
+            left -= one->ended, one->block->ended += one->ended;
         }
         idle = left == before ? idle + 1 : 0;
         if (idle > 2000000) std::fprintf(stderr, "threads wait for each other\n"), std::abort();
@@ -220,6 +241,8 @@ inline u16 to_bf16(float v) {
 }
 
 inline float raised_byte(u32 word, int which) { return __uint_as_float(0x4b000000u | (word >> (8 * which) & 255)); }
+inline float raised_seven(u32 word, int which) { return __uint_as_float(0x43000000u | (word >> (8 * which) & 255) << 16); }
+inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline float whole_byte(u32 word, int which) { return (float)(word >> (8 * which) & 255); }
 inline u8 *aligned_1024(u8 *shared) { return (u8 *)(((uintptr_t)shared + 1023) & ~(uintptr_t)1023); }
 
@@ -235,11 +258,36 @@ inline void settle_barrier(Barrier *at) {
     if (at->left || at->bytes) return;
     at->phase++, at->left = at->count;
 }
-inline void come(Barrier *at) { at->left--, settle_barrier(at); }
-inline void announce(Barrier *at, u32 bytes) { at->bytes += bytes, come(at); }
-inline void copy_tile(u8 *to, const u8 *from, u32 bytes, Barrier *at) {
-    simt::now->block->tiles.push_back({at, [=] { std::memcpy(to, from, bytes), at->bytes -= bytes, settle_barrier(at); }});
+// shared memory is full of ones at first
+inline void check_barrier(const Barrier *at) {
+    if (at->count == 255) std::fprintf(stderr, "a barrier that was not set up is reported to\n"), std::abort();
 }
+inline void come(Barrier *at) { check_barrier(at), at->left--, settle_barrier(at); }
+inline void announce(Barrier *at, u32 bytes) { at->bytes += bytes, come(at); }
+inline void send_tile(simt::Block *block, u8 *to, const u8 *from, u32 bytes, Barrier *at) {
+    if (((uintptr_t)to | (uintptr_t)from | bytes) % 16) std::fprintf(stderr, "a copy that is not aligned\n"), std::abort();
+    check_barrier(at);
+    block->tiles.push_back({at, [=] { std::memcpy(to, from, bytes), at->bytes -= bytes, settle_barrier(at); }});
+}
+inline void copy_tile(u8 *to, const u8 *from, u32 bytes, Barrier *at) { send_tile(simt::now->block, to, from, bytes, at); }
+
+inline int rank_in_cluster() { return simt::now->block->rank; }
+inline void come_to_cluster() {
+    simt::Block &first = *simt::now->block->cluster[0];
+    simt::now->meeting = first.meeting;
+    if (++first.together == first.threads * (int)simt::now->block->cluster.size()) first.together = 0, first.meeting++;
+}
+inline void come_with_barriers() { come_to_cluster(); }
+inline void wait_for_cluster() {
+    while (simt::now->block->cluster[0]->meeting == simt::now->meeting) simt::yield();
+}
+inline void come_in(Barrier *at, int rank) { come(simt::in_block(at, rank)); }
+inline void copy_to_all(u8 *to, const u8 *from, u32 bytes, Barrier *at, u16 mask) {
+    for (int rank = 0; rank < 16; rank++)
+        if (mask >> rank & 1)
+            send_tile(simt::now->block->cluster[rank], simt::in_block(to, rank), from, bytes, simt::in_block(at, rank));
+}
+inline FourFloats load_from(const float *at, int rank) { return *(const FourFloats *)simt::in_block(at, rank); }
 inline void wait_for_phase(Barrier *at, int number) {
     while (((int)at->phase & 1) == (number & 1)) {
         auto &tiles = simt::now->block->tiles;
@@ -265,7 +313,8 @@ struct View {
     const u8 *tile;
     int step;
 };
-inline View view_of(const u8 *tile, int step) { return {tile, step}; }
+inline View view_of(const u8 *tile) { return {tile, 0}; }
+inline View view_beyond(View tile, int bytes, int step) { return {tile.tile + bytes, step}; }
 inline float wide_bits(u16 value) { return BF16 ? from_bf16(value) : from_fp16(value); }
 template <int count> inline void multiply_tokens(float (&d)[count], const u32 (&a)[4], View b) {
     const auto all = simt::meet(a, 4);

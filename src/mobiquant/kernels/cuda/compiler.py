@@ -20,7 +20,7 @@ LEAST_MEMORY = 48 << 10
 # compute capability of the GPUs with products of four warps
 HOPPER = (9, 0)
 FOLDER = "MOBIQUANT_CACHE"
-HEADERS = ("types.h", "device.h", "pieces.h", "launch.h", "ring.h", "stage.h", "score.h", "warpgroup.h", "runs.h")
+HEADERS = ("types.h", "device.h", "pieces.h", "launch.h", "ring.h", "stage.h", "score.h", "warpgroup.h", "runs.h", "bring.h")
 
 
 def cache_folder() -> Path:
@@ -92,6 +92,19 @@ def _overlapping(driver: Any) -> Any:
     return made
 
 
+def _clustered(driver: Any, blocks: int) -> Any:
+    """The attribute of a launch whose blocks run in clusters of so many."""
+    made = driver.CUlaunchAttribute()
+    made.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    made.value.clusterDim.x, made.value.clusterDim.y, made.value.clusterDim.z = blocks, 1, 1
+    return made
+
+
+def processors(device: torch.device) -> int:
+    """Of a GPU; `few.cu` has as many blocks, which wait for each other and must run at the same time."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 class Kernel:
     """One compiled kernel on one device, taking one structure by value."""
 
@@ -113,11 +126,12 @@ class Kernel:
             _checked(driver.cuFuncSetAttribute(self.function, split, 100), "asking for shared memory")
 
     def launch(
-        self, blocks: int, threads: int, parameters: ctypes.Structure, memory: int = 0, overlap: bool = False
+        self, blocks: int, threads: int, parameters: ctypes.Structure, memory: int = 0, overlap: bool = False, cluster: int = 1
     ) -> None:  # fmt: skip
         """Run on the current stream of the device, with `memory` bytes of shared memory; `parameters` are copied at once.
 
-        With `overlap` it may begin before the launch before it has ended: the kernel waits for that itself.
+        With `overlap` it may begin before the launch before it has ended: the kernel waits for that itself. Blocks come in
+        clusters of `cluster`, of which their number is a multiple.
         """
         if not blocks:
             return
@@ -130,8 +144,9 @@ class Kernel:
         config = self.driver.CUlaunchConfig()
         config.gridDimX, config.blockDimX, config.sharedMemBytes, config.hStream = blocks, threads, memory, stream
         config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
-        if overlap and self.attributes:
-            config.attrs, config.numAttrs = self.attributes, len(self.attributes)
+        attributes = (self.attributes if overlap else []) + ([_clustered(self.driver, cluster)] if cluster > 1 else [])
+        if attributes:
+            config.attrs, config.numAttrs = attributes, len(attributes)
         with torch.cuda.device(self.device):
             answer = self.driver.cuLaunchKernelEx(config, self.function, ctypes.addressof(held), 0)
         _checked(answer, "launching a kernel")

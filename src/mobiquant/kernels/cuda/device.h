@@ -147,6 +147,9 @@ DEVICE float from_bf16(u16 value) { return __uint_as_float((u32)value << 16); }
 
 // byte `which` of a word and 2^23: the byte put under the exponent
 DEVICE float raised_byte(u32 word, int which) { return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440 + which)); }
+// a byte below 128, and 128
+DEVICE float raised_seven(u32 word, int which) { return __uint_as_float(__byte_perm(word, 0x43000000u, 0x7044 | which << 8)); }
+DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DEVICE float whole_byte(u32 word, int which) { return raised_byte(word, which) - 8388608.0f; }
 
 DEVICE u8 *aligned_1024(u8 *shared) { return shared + (-__cvta_generic_to_shared(shared) & 1023); }

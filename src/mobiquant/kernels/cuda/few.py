@@ -113,7 +113,7 @@ class Group:
         self.biases = [None if bias is None else bias.float().contiguous() for bias in biases]
         self.group_size = first.group_size
         self.row_tiles = sum(one.scale.shape[0] for one in members)
-        self.processors, self.limit = processors(self.device), shared_memory(self.device)
+        self.processors, self.limit = compiler.processors(self.device), shared_memory(self.device)
         self.definitions = definitions(first.slices, first.group_size)
         self.params = parameters(len(first.pieces))()
         self._fill(first)
@@ -268,11 +268,6 @@ class Group:
 def fours(tokens: int) -> int:
     """Fours of tokens that a kernel is compiled for: 1, 2 or 4."""
     return 1 if tokens <= 4 else 2 if tokens <= 8 else 4
-
-
-def processors(device: torch.device) -> int:
-    """Blocks that run at the same time: they wait for each other, so a launch has no more."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def shared_memory(device: torch.device) -> int:

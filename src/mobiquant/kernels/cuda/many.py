@@ -7,17 +7,31 @@ depth, as do `grouped_mm` and `spread.cu`, which skips depths that no token read
 
 import ctypes
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
 from mobiquant.kernels.cuda import compiler
 from mobiquant.kernels.cuda.tiles import COLUMNS, LANES, Tiles, definitions
 
 SLOTS, WARPS = 8, 8
-# of `many.cu`: rows and threads of a block, steps whose codes are on their way, tiles of x; of `arrange.cu`
-ROWS, THREADS, STAGES, BUFFERS, ARRANGE_THREADS = 128, 288, 6, 6, 256
+# of `many.cu`: rows and threads of a block, most stages, shared memory of a block; threads of `arrange.cu` and `order.cu`
+ROWS, THREADS, STAGES, MEMORY, ARRANGE_THREADS, ORDER_THREADS = 128, 384, 6, 227 << 10, 256, 256
+
+
+class Way(NamedTuple):
+    """How blocks of `many.cu` work together: how many share x, and how many share out the columns. A cluster is all of them."""
+
+    share: int
+    split: int
+
+
+# tokens of one depth up to which `fused` is faster
+FUSED_MOST = 1024
+# those that are taken; others work too
+WAYS = Way(1, 1), Way(2, 1), Way(1, 2), Way(1, 4)
 
 
 @lru_cache(maxsize=8)
@@ -75,25 +89,78 @@ def fused_parameters(pieces: int) -> tuple[type[ctypes.Structure], type[ctypes.S
         _fields_ = [("runs", Runs)] + [(n, address) for n in ("x", "out")] + [(n, whole) for n in ("columns", "steps")]
 
     class Many(ctypes.Structure):
+        numbers = "rows", "column_tiles", "groups", "steps", "first_block", "share", "split", "stages"
         _fields_ = [("runs", Runs), ("pieces", address * pieces)] + [(n, address) for n in ("scale", "zero", "x", "out")] \
-            + [(n, whole) for n in ("rows", "column_tiles", "groups", "steps")]  # fmt: skip
+            + [(n, whole) for n in numbers]  # fmt: skip
 
     return Arrange, Many
 
 
-def fused(x: Float[Tensor, "T K"], weight: Tiles, depth: Int[Tensor, " T"] | int) -> Float[Tensor, "T N"]:
-    """`product` by `arrange.cu` and `many.cu`."""
+def way_for(tiles: int, row_blocks: int, steps: int, processors: int) -> Way:
+    """For so many tiles of tokens and blocks of rows: columns are shared out if processors are left over, else x is shared."""
+    split = next((n for n in (4, 2) if tiles * row_blocks * n <= processors and steps >= 4 * n), 1)
+    return Way(2 if split == 1 and row_blocks > 1 else 1, split)
+
+
+def launches_for(tiles: int, row_blocks: int, steps: int, processors: int) -> list[tuple[int, Way]]:
+    """Blocks of rows and the way of launches that follow each other: those that keep few processors busy have their own."""
+    whole = tiles * row_blocks // processors * processors // tiles // 2 * 2
+    last = way_for(tiles, row_blocks - whole, steps, processors)
+    if not 0 < whole < row_blocks or last.split == 1:
+        return [(row_blocks, way_for(tiles, row_blocks, steps, processors))]
+    return [(whole, Way(2, 1)), (row_blocks - whole, last)]
+
+
+def stages_for(own: int, weight: Tiles) -> tuple[int, int]:
+    """How many stages of 128 columns shared memory holds, for tiles of `own` tokens, and the bytes of all."""
+    row_tiles = ROWS // 32
+    codes = row_tiles * (sum(weight.slices) * 512 + 128 // weight.group_size * 96)
+    stage = 2 * own * COLUMNS * 2 + codes + 16  # and two barriers
+    # x lies at multiples of 1024
+    stages = min(STAGES, (MEMORY - 1024) // stage)
+    return stages, 1024 + stages * stage
+
+
+class Order(ctypes.Structure):
+    """`Params` of `order.cu`."""
+
+    _fields_ = [(n, ctypes.c_uint64) for n in ("depth", "order", "counts")] + [
+        (n, ctypes.c_int32) for n in ("tokens", "depths")
+    ]
+
+
+def order_of(depth: Int[Tensor, " T"], depths: int) -> tuple[Int32[Tensor, " T"], Int32[Tensor, " E"]]:
+    """The order of tokens by depth, those of one depth as they were, and how many read each."""
+    depth, p = depth.long().contiguous(), Order()
+    order = torch.empty(depth.shape[0], dtype=torch.int32, device=depth.device)
+    counts = torch.empty(depths, dtype=torch.int32, device=depth.device)
+    p.depth, p.order, p.counts, p.tokens, p.depths = (
+        depth.data_ptr(), order.data_ptr(), counts.data_ptr(), depth.shape[0], depths,
+    )  # fmt: skip
+    # no number of it is an activation's
+    made = compiler.kernel("order", (("BF16", 0),), depth.device.index or 0)
+    made.launch(1, ORDER_THREADS, p, 8 * (ORDER_THREADS + LANES + 1) * 4, overlap=True)
+    return order, counts
+
+
+def fused(
+    x: Float[Tensor, "T K"], weight: Tiles, depth: Int[Tensor, " T"] | int, way: Way | None = None, stages: int = STAGES,
+    own: int = 0,
+) -> Float[Tensor, "T N"]:  # fmt: skip
+    """`product` by `arrange.cu` and `many.cu`. Given or as is best: `way`, most `stages`, `own` tokens of a tile (64, 128)."""
     x, (tokens, columns), every, device = x.contiguous(), x.shape, len(weight.slices), x.device.index or 0
     out = x.new_empty(tokens, weight.rows)
-    own = 64 if tokens <= 64 else 128  # tokens of a tile
+    if not tokens:
+        return out
+    own = own or (64 if tokens <= 64 else 128)
     arrange, p = (one() for one in fused_parameters(len(weight.pieces)))
-    runs, tiles = p.runs, -(-tokens // own)
+    runs, tiles, mixed = p.runs, -(-tokens // own), None
     if isinstance(depth, int):
         runs.depth = depth
     else:
-        order, counts = depth.argsort(stable=True).int(), counts_of(depth, every)
+        mixed = order_of(depth, every)
         # each depth may leave a tile unfilled
-        runs.order, runs.counts, tiles = order.data_ptr(), counts.data_ptr(), tiles + every - 1
+        runs.order, runs.counts, tiles = mixed[0].data_ptr(), mixed[1].data_ptr(), tiles + every - 1
     runs.tokens, runs.depths, runs.tiles = tokens, every, tiles
     p.column_tiles, p.groups = weight.pieces[0].shape[1], weight.scale.shape[1]
     p.steps = -(-p.column_tiles // 2) * 2
@@ -105,12 +172,18 @@ def fused(x: Float[Tensor, "T K"], weight: Tiles, depth: Int[Tensor, " T"] | int
     for i, piece in enumerate(weight.pieces):
         p.pieces[i] = piece.data_ptr()
     p.scale, p.zero, p.x, p.out = weight.scale.data_ptr(), weight.zero.data_ptr(), laid.data_ptr(), out.data_ptr()
-    p.rows = weight.rows
-    stage = sum(weight.slices) * 128 + max(1, COLUMNS // weight.group_size) * 256
-    # x lies at multiples of 1024; barriers are the last
-    memory = 1024 + BUFFERS * (own * COLUMNS * 2 + 16) + WARPS * STAGES * stage
+    p.rows, row_blocks = weight.rows, -(-weight.rows // ROWS)
+    held, memory = stages_for(own, weight)
+    p.stages = min(stages, held)
     made = compiler.kernel("many", (*how, *definitions(weight.slices, weight.group_size)), device)
-    made.launch(tiles * -(-weight.rows // ROWS), THREADS, p, memory, overlap=True)
+    shape = -(-tokens // own), row_blocks, p.steps, compiler.processors(x.device)
+    # how many tiles mixed depths have is not known here
+    launches = [(row_blocks, way or way_for(*shape))] if way or mixed else launches_for(*shape)
+    for count, (p.share, p.split) in launches:
+        # a last cluster may have a block without rows
+        blocks = tiles * -(-count // p.share) * p.share * p.split
+        made.launch(blocks, THREADS, p, memory, overlap=True, cluster=p.share * p.split)
+        p.first_block += count
     return out
 
 
@@ -125,11 +198,11 @@ def dense(x: Float[Tensor, "T K"], weight: Tiles, depth: Int[Tensor, " T"] | int
     return torch.empty_like(sorted_y).index_copy_(0, order, sorted_y)
 
 
-def fused_is_faster(tokens: int, weight: Tiles, depth: Int[Tensor, " T"] | int) -> bool:
-    """Whether `fused` was faster on an H200 (docs/kernels.md): where depths are mixed, or for many rows and few tokens."""
-    return not isinstance(depth, int) or (tokens <= 128 and weight.rows >= 2 * weight.columns)
+def fused_is_faster(tokens: int, depth: Int[Tensor, " T"] | int) -> bool:
+    """Whether `fused` is faster than `dense` (docs/kernels.md)."""
+    return not isinstance(depth, int) or tokens <= FUSED_MOST
 
 
 def product(x: Float[Tensor, "T K"], weight: Tiles, depth: Int[Tensor, " T"] | int) -> Float[Tensor, "T N"]:
     """`x` [T, K] in fp16 or bf16 by the weight, token t at `depth[t]` (from 1)."""
-    return (fused if has_warpgroups(x.device) and fused_is_faster(x.shape[0], weight, depth) else dense)(x, weight, depth)
+    return (fused if has_warpgroups(x.device) and fused_is_faster(x.shape[0], depth) else dense)(x, weight, depth)

@@ -36,9 +36,10 @@ template <int first, int depth = 1, class Work> DEVICE void at_depth(int deepest
     if constexpr (last < PIECES) at_depth<first, depth + 1>(deepest, work);
 }
 
-// four neighbouring codes of a piece, in the bits that are theirs in a code of eight bits: field `place` of a byte, from above
-template <int piece, int place> DEVICE u32 codes(u32 word) {
-    constexpr int width = WIDTH[piece], low = 8 - END[piece], left = low - (8 - width * (place + 1));
+// four neighbouring codes of `width` bits that end a prefix of `end`, in the bits that are theirs in a code of eight bits, or of so
+// many less: field `place` of a byte, from above
+template <int width, int end, int place, int less = 0> DEVICE u32 codes(u32 word) {
+    constexpr int low = 8 - less - end, left = low - (8 - width * (place + 1));
     constexpr u32 mask = (u32)((1 << width) - 1) * 0x01010101u << low;
     return (left >= 0 ? word << (left >= 0 ? left : 0) : word >> (left < 0 ? -left : 0)) & mask;
 }
@@ -48,8 +49,8 @@ template <int piece, int place> DEVICE u32 codes(u32 word) {
 template <int first, int piece, int end, int m, int f, int a> DEVICE u32 fragment(const u32 *words) {
     const u32 *own = words + (words_before(piece) - words_before(first));
     u32 found;
-    if constexpr (WIDTH[piece] == 2) found = codes<piece, a>(own[2 * m + f]);
-    else found = codes<piece, 4 * f + a>(own[m]);
+    if constexpr (WIDTH[piece] == 2) found = codes<2, END[piece], a>(own[2 * m + f]);
+    else found = codes<1, END[piece], 4 * f + a>(own[m]);
     if constexpr (piece + 1 < end) found |= fragment<first, piece + 1, end, m, f, a>(words);
     return found;
 }

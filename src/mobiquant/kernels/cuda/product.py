@@ -61,7 +61,7 @@ def failing(slices: tuple[int, ...], group_size: int, dtype: torch.dtype, device
                 # every way, whichever this shape would take
                 ways = [product(own, laid, every), many.dense(own, laid, depth)]
                 if many.has_warpgroups(device):
-                    ways.append(many.fused(own, laid, every))
+                    ways += [many.fused(own, laid, every, way) for way in many.WAYS]
                 for made in ways:
                     error = (made.float().cpu() - wanted).norm() / wanted.norm()
                     if not error < WRONG:

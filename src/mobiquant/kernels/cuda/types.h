@@ -16,3 +16,6 @@ struct alignas(8) Two {
 struct alignas(8) Pair {
     float x, y;
 };
+struct alignas(16) FourFloats {
+    float x, y, z, w;
+};

@@ -1,5 +1,6 @@
-// What only Hopper has, each thing once: copies of whole tiles that report to a barrier, products of four warps with a matrix in
-// shared memory, and how results are laid down. Emulated in the tests like `device.h`.
+// What only Hopper has, each thing once: copies of whole tiles that report to a barrier, clusters of blocks that reach each other's
+// shared memory, products of four warps with a matrix in shared memory, and how results are laid down. Emulated in the tests like
+// `device.h`.
 //
 // A tile of x in shared memory is a row of 64 numbers (128 bytes) for each token, 8 tokens in 1024 bytes; the 16 bytes n of token t
 // lie at place n ^ (t % 8) of its row (the 128-byte swizzle of the PTX manual).
@@ -38,22 +39,55 @@ DEVICE void copy_tile(u8 *to, const u8 *from, u32 bytes, Barrier *at) {
                  : "memory");
 }
 
-// 4 or 8 bytes for this thread alone, as `copy_16`
-template <int bytes> DEVICE void copy_own(u8 *to, const u8 *from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(bytes) : "memory");
+// Blocks of a cluster, which the launch makes, run at the same time and have their shared memory at the same places.
+DEVICE int rank_in_cluster() {
+    u32 rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return (int)rank;
 }
+// all threads of all blocks meet, in two parts: what they did before `come_to_cluster` is done after `wait_for_cluster`
+DEVICE void come_to_cluster() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+// with nothing done that others have to see but barriers that were shown: waits for no writes
+DEVICE void come_with_barriers() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
+DEVICE void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+// where another block has what lies at this place here
+DEVICE u32 address_in(const void *at, int rank) {
+    u32 there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(at)), "r"(rank));
+    return there;
+}
+// come to the barrier at this place in another block
+DEVICE void come_in(Barrier *at, int rank) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_in(at, rank)) : "memory");
+}
+// `copy_tile` to this place in all blocks of `mask`, which reports to the barrier at this place in each
+DEVICE void copy_to_all(u8 *to, const u8 *from, u32 bytes, Barrier *at, u16 mask) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
+        "l"(from), "r"(bytes), "r"(shared_address(at)), "h"(mask)
+        : "memory");
+}
+DEVICE FourFloats load_from(const float *at, int rank) {
+    FourFloats to;
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(to.x), "=f"(to.y), "=f"(to.z), "=f"(to.w)
+                 : "r"(address_in(at, rank))
+                 : "memory");
+    return to;
+}
+
 // registers are as they should be for the products to come
 DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void products_end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // all groups of products are done, but for the last `left`
 template <int left> DEVICE void wait_for_products() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(left) : "memory"); }
 
-// 16 columns of a tile of x, from number 16 * step
+// 16 columns of a tile of x, from number 16 * step; the tile is so many bytes beyond another
 typedef u64 View;
-DEVICE View view_of(const u8 *tile, int step) {
-    const u64 at = __cvta_generic_to_shared(tile) + step * 32;
-    return (at & 0x3ffff) >> 4 | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+DEVICE View view_of(const u8 *tile) {
+    return (__cvta_generic_to_shared(tile) & 0x3ffff) >> 4 | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
 }
+DEVICE View view_beyond(View tile, int bytes, int step) { return (tile & ~(u64)~0u) | (u32)((u32)tile + (bytes + step * 32) / 16); }
 
 #define FOUR(n) "%" #n "0, %" #n "1, %" #n "2, %" #n "3, %" #n "4, %" #n "5, %" #n "6, %" #n "7, %" #n "8, %" #n "9, "
 #define HELD(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
