@@ -151,7 +151,8 @@ class Decoder:
         for block, attention in zip(inner.layers, self.attention, strict=True):
             own, mlp = block.self_attn, block.mlp
             hidden, made = self._normed(hidden, more, block.input_layernorm.weight, (own.q_proj, own.k_proj, own.v_proj))
-            more = own.o_proj(attention(*made, self.cosine, self.sine, self.position))
+            attended = attention(*made, self.cosine, self.sine, self.position)
+            more = own.o_proj.at_once(attended, alone=True)[0] if in_one_launch((own.o_proj,)) else own.o_proj(attended)
             hidden, made = self._normed(hidden, more, block.post_attention_layernorm.weight, (mlp.gate_proj, mlp.up_proj))
             more = self._gated(*made, mlp.down_proj)
         x = between.sum_norm(hidden, more, inner.norm.weight, self.epsilon)
@@ -170,11 +171,11 @@ class Decoder:
             x = between.sum_norm(hidden, more, weight, self.epsilon)
             return hidden, [layer(x) for layer in layers]
         total = hidden if more is None else torch.empty_like(hidden)
-        return total, layers[0].after(hidden, Norm(more, weight, total, self.epsilon))
+        return total, layers[0].at_once(hidden, Norm(more, weight, total, self.epsilon))
 
     def _gated(self, gated: Float[Tensor, "1 I"], up: Float[Tensor, "1 I"], layer: Any) -> Float[Tensor, "1 D"]:
         """What a layer makes of `silu(gated) * up`."""
-        return layer.after(gated, Gate(up))[0] if in_one_launch((layer,)) else layer(between.gate(gated, up))
+        return layer.at_once(gated, Gate(up))[0] if in_one_launch((layer,)) else layer(between.gate(gated, up))
 
     @torch.inference_mode()
     def _warm_up(self) -> None:

@@ -263,24 +263,26 @@ class MobiLinear(nn.Module):
         return y
 
     def _call(
-        self, x: Float[Tensor, "T K"], sequences: int | None, before: "Norm | Gate | None" = None
+        self, x: Float[Tensor, "T K"], sequences: int | None, before: "Norm | Gate | None" = None, alone: bool = False
     ) -> list[Float[Tensor, "T _"]]:
-        """Products of few tokens by all members, and what later layers of the block read; `before` is what is done to x.
+        """Products of few tokens by all members, and what later layers of the block read; `before` and `alone` as in `Group`.
 
         Nothing here depends on the precision: a captured graph follows when that is changed.
         """
         tau, cap = self.precision.on(x.device)
         self._check_sequences(tau.numel(), x.shape[0], sequences)
         group = self._launch()
-        made = group(x, tau, cap, self.precision.counter(x.device), self._given(x), before)
+        made = group(x, tau, cap, self.precision.counter(x.device), self._given(x), before, alone)
         told = group.depths[int(self.place is None) :, : x.shape[0]]
         for place, depth in zip(self._places_ahead(), told, strict=False):
             self.precision.tell(place, depth)
         return made
 
-    def after(self, x: Float[Tensor, "1 K"], before: "Norm | Gate") -> list[Float[Tensor, "1 _"]]:
-        """Products of one token on CUDA by all members, in their order, in one launch that makes their input of x."""
-        return self._call(x, None, before)
+    def at_once(
+        self, x: Float[Tensor, "1 K"], before: "Norm | Gate | None" = None, alone: bool = False
+    ) -> list[Float[Tensor, "1 _"]]:
+        """Products of one token on CUDA by all members, in their order, in one launch; `before` and `alone` as in `Group`."""
+        return self._call(x, None, before, alone)
 
     def _given(self, x: Float[Tensor, "T K"]) -> Int[Tensor, " T"] | None:
         """What an earlier layer has decided, as kernels read it; any depth where thresholds say that none does."""

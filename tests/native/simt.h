@@ -306,6 +306,8 @@ template <int bytes> inline void copy_own(u8 *to, const u8 *from) {
 }
 
 // products with a matrix in shared memory are done at once
+template <int count> inline void take_registers() {}
+template <int count> inline void leave_registers() {}
 inline void products_begin() {}
 inline void products_end() {}
 template <int left> inline void wait_for_products() {}

@@ -48,6 +48,8 @@ DTYPES = (torch.float16, torch.bfloat16)
 # bytes of shared memory that a block may take on every GPU that the kernels are for, and of one that has less than Hopper
 MEMORY = {(8, 0): 163 << 10, (8, 7): 163 << 10, (8, 6): 99 << 10, (8, 9): 99 << 10, (12, 0): 99 << 10, (12, 1): 99 << 10}
 USUAL_MEMORY = 227 << 10
+# beyond half of what a block may take: a processor has some more, in which two would fit
+ALONE = 2 << 10
 
 
 @dataclass(frozen=True)
@@ -192,11 +194,13 @@ class Group:
 
     def __call__(
         self, x: Float[Tensor, "T K"], tau: Float32[Tensor, " P"], cap: Int64[Tensor, " P"], read: Float64[Tensor, "P E"],
-        given: Int32[Tensor, " T1"] | None = None, before: Norm | Gate | None = None,
+        given: Int32[Tensor, " T1"] | None = None, before: Norm | Gate | None = None, alone: bool = False,
     ) -> list[Float[Tensor, "T _"]]:  # fmt: skip
         """Products of 1 to 16 tokens, one for each layer; `tau` and `cap` are for T / P tokens each, `read` counts weights.
 
         `given` are depths that were decided before, for tokens with a threshold; `before` is what is done to x, of one token.
+        `alone` asks for so much shared memory that no processor takes two blocks of the launch: where that before is none of
+        these kernels, some would, and would be the last to end.
         Raises ValueError for more tokens than `most` says, and for depths that are missing or not expected.
         """
         tokens, p, x, fits = x.shape[0], self.params, x.contiguous(), self.fits()
@@ -217,7 +221,7 @@ class Group:
             for to, one in zip(p.members, out, strict=False):
                 to.out = one[first:].data_ptr()
             p.x, p.tokens, p.before, p.per = x[first:].data_ptr(), count, first, max(1, tokens // p.entries)
-            self._launch(x.dtype, count)
+            self._launch(x.dtype, count, alone)
         return out
 
     def _begin(self, x: Float[Tensor, "T K"], before: Norm | Gate | None) -> None:
@@ -237,7 +241,7 @@ class Group:
         if before.more is not None:
             p.more, p.sum = before.more.data_ptr(), before.sum.data_ptr()
 
-    def _launch(self, dtype: torch.dtype, tokens: int) -> None:
+    def _launch(self, dtype: torch.dtype, tokens: int, alone: bool) -> None:
         """Run the kernel with the parameters as they are."""
         p, shape = self.params, self.shape(tokens)
         # one on each processor, those without rows too: some score, and what each does for the next launch is said in few.cu
@@ -248,7 +252,8 @@ class Group:
             self.kernel(dtype, tokens, "bytes").launch(
                 -(-eights // (shape.warps * LANES)), shape.warps * LANES, p, overlap=True
             )
-        self.kernel(dtype, tokens).launch(blocks, shape.warps * LANES, p, self.memory(tokens), overlap=True)
+        memory = max(self.memory(tokens), self.limit // 2 + ALONE if alone else 0)
+        self.kernel(dtype, tokens).launch(blocks, shape.warps * LANES, p, memory, overlap=True)
 
     def _share(self, blocks: int, shape: Shape) -> None:
         """Which blocks score and decide."""

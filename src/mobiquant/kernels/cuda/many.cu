@@ -4,7 +4,7 @@
 // of the activations.
 //
 // How. A block takes a tile of up to TOKENS tokens of one depth by 128 rows: two groups of four warps by 64 rows each. Weights are
-// the registers of the products, x is their matrix in shared memory. Four more warps bring x as `arrange.cu` has laid it out, and
+// the registers of the products, x is their matrix in shared memory. More warps bring x as `arrange.cu` has laid it out, and
 // codes, scales and zero points, in stages of two steps of 64 columns. While the products of a step run, the codes of the next are
 // turned into weights.
 //
@@ -12,7 +12,7 @@
 // its part of x to all of them. `split` others have the same rows, and each its part of the columns: their sums are added up at the
 // end, always in the same order. A block without rows takes part as the others do, and stores nothing.
 //
-// Set by the compiler's command line: BF16, GROUP, BASE, PIECES, WIDTHS, DEPTHS, ENDS as for `few.cu`, and TOKENS, 64 or 128.
+// Set by the compiler's command line: BF16, GROUP, BASE, PIECES, WIDTHS, DEPTHS, ENDS as for `few.cu`, and TOKENS, 64, 128 or 256.
 
 #include "warpgroup.h"
 #include "pieces.h"
@@ -180,16 +180,14 @@ DEVICE void store_eight(const Params &p, const Run &run, int token, int row, con
 // results by way of shared memory, so that rows are written side by side
 DEVICE void store_out(const Params &p, const Run &run, const Block &b, const Sums &sums) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (warp < WARPS) {
 #pragma unroll
-        for (int n = 0; n < TOKENS / 8; n += 2) {
-            const float *own = sums + 4 * n;
-            u8 *to = b.x + ((n + lane / 16) * 8 + lane % 8) * OUT_STRIDE + (warp * 16 + lane / 8 % 2 * 8) * 2;
-            store_turned(to, narrow_two(own[0], own[1]), narrow_two(own[2], own[3]), narrow_two(own[4], own[5]), narrow_two(own[6], own[7]));
-        }
+    for (int n = 0; n < TOKENS / 8; n += 2) {
+        const float *own = sums + 4 * n;
+        u8 *to = b.x + ((n + lane / 16) * 8 + lane % 8) * OUT_STRIDE + (warp * 16 + lane / 8 % 2 * 8) * 2;
+        store_turned(to, narrow_two(own[0], own[1]), narrow_two(own[2], own[3]), narrow_two(own[4], own[5]), narrow_two(own[6], own[7]));
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < run.count * (ROWS / 8); i += THREADS) {
+    for (int i = threadIdx.x; i < run.count * (ROWS / 8); i += 32 * WARPS) {
         const int token = i / (ROWS / 8), eight = i % (ROWS / 8);
         store_eight(p, run, token, b.row_tile * 32 + eight * 8, *(const Four *)(b.x + token * OUT_STRIDE + eight * 16));
     }
@@ -199,17 +197,15 @@ DEVICE void store_out(const Params &p, const Run &run, const Block &b, const Sum
 DEVICE void store_parts(const Params &p, const Run &run, const Block &b, const Sums &sums) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float *own = (float *)b.x;
-    if (warp < WARPS) {
 #pragma unroll
-        for (int n = 0; n < TOKENS / 8; n++)
+    for (int n = 0; n < TOKENS / 8; n++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int token = n * 8 + lane % 4 * 2 + i % 2, row = warp * 16 + i / 2 * 8 + lane / 4;
-                own[token * SUMS_STRIDE + row] = sums[4 * n + i];
-            }
-    }
+        for (int i = 0; i < 4; i++) {
+            const int token = n * 8 + lane % 4 * 2 + i % 2, row = warp * 16 + i / 2 * 8 + lane / 4;
+            own[token * SUMS_STRIDE + row] = sums[4 * n + i];
+        }
     come_to_cluster(), wait_for_cluster();
-    for (int i = b.part * THREADS + threadIdx.x; i < run.count * (ROWS / 8); i += p.split * THREADS) {
+    for (int i = b.part * 32 * WARPS + threadIdx.x; i < run.count * (ROWS / 8); i += p.split * 32 * WARPS) {
         const int token = i / (ROWS / 8), eight = i % (ROWS / 8);
         FourFloats low = {0, 0, 0, 0}, high = {0, 0, 0, 0};
         for (int part = 0; part < p.split; part++) {
@@ -235,26 +231,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) many(const __grid_const
     // barriers are there before another block reports to them
     come_with_barriers(), wait_for_cluster();
     let_next_begin();
-    Run run = {};
-    Sums sums = {};
-    if (warp >= WARPS) run = bring(p, b, warp - WARPS, lane);
-    else {
-        wait_for_last();
-        run = run_of(p.runs, b.tile);
-        const Own own = {warp / 2, warp % 2, lane};
-        if (run.depth) at_depth<0>(run.depth, [&](auto last) { multiply<last.number>(sums, b, own); });
-    }
-    // all blocks of the cluster have this tile
-    if (!run.depth) return;
-    // x has been read: results take its place
-    __syncthreads();
-    if (p.split > 1) {
-        store_parts(p, run, b, sums);
-        // what was read of others has come: results are made of it
-        come_with_barriers();
+    // each kind of warps in a branch of its own to the end: products of many tokens take registers that others leave
+    if (warp >= WARPS) {
+        if (TOKENS > 128) leave_registers<40>();
+        const Run run = bring(p, b, warp - WARPS, lane);
+        // all blocks of the cluster have this tile
+        if (!run.depth) return;
+        __syncthreads();
+        if (p.split > 1) come_to_cluster(), wait_for_cluster(), come_with_barriers();
+        else come_to_cluster(), __syncthreads();
     } else {
-        come_to_cluster();
-        store_out(p, run, b, sums);
+        if (TOKENS > 128) take_registers<232>();
+        wait_for_last();
+        const Run run = run_of(p.runs, b.tile);
+        if (!run.depth) return;
+        Sums sums = {};
+        const Own own = {warp / 2, warp % 2, lane};
+        at_depth<0>(run.depth, [&](auto last) { multiply<last.number>(sums, b, own); });
+        // x has been read: results take its place
+        __syncthreads();
+        if (p.split > 1) {
+            store_parts(p, run, b, sums);
+            // what was read of others has come: results are made of it
+            come_with_barriers();
+        } else {
+            come_to_cluster();
+            store_out(p, run, b, sums);
+        }
     }
     // who has left can neither be read nor reported to
     wait_for_cluster();

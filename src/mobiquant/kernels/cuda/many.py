@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
 from mobiquant.kernels.cuda import compiler
-from mobiquant.kernels.cuda.tiles import COLUMNS, LANES, Tiles, definitions
+from mobiquant.kernels.cuda.tiles import COLUMNS, LANES, Tiles, definitions, pieces_of
 
 SLOTS, WARPS = 8, 8
 # of `many.cu`: rows and threads of a block, most stages, shared memory of a block; threads of `arrange.cu` and `order.cu`
@@ -28,6 +28,8 @@ class Way(NamedTuple):
     split: int
 
 
+# stages that hide the way from memory
+LEAST_STAGES = 3
 # tokens of one depth up to which `fused` is faster
 FUSED_MOST = 1024
 # those that are taken; others work too
@@ -111,14 +113,22 @@ def launches_for(tiles: int, row_blocks: int, steps: int, processors: int) -> li
     return [(whole, Way(2, 1)), (row_blocks - whole, last)]
 
 
-def stages_for(own: int, weight: Tiles) -> tuple[int, int]:
+def stages_for(own: int, slices: tuple[int, ...], group_size: int) -> tuple[int, int]:
     """How many stages of 128 columns shared memory holds, for tiles of `own` tokens, and the bytes of all."""
     row_tiles = ROWS // 32
-    codes = row_tiles * (sum(weight.slices) * 512 + 128 // weight.group_size * 96)
+    codes = row_tiles * (sum(slices) * 512 + 128 // group_size * 96)
     stage = 2 * own * COLUMNS * 2 + codes + 16  # and two barriers
     # x lies at multiples of 1024
     stages = min(STAGES, (MEMORY - 1024) // stage)
     return stages, 1024 + stages * stage
+
+
+def tile_for(tokens: int, one_depth: bool, slices: tuple[int, ...], group_size: int) -> int:
+    """Tokens of a tile: weights are made for each tile anew, so the most that they fill, while stages are enough."""
+    if tokens <= 64:
+        return 64
+    wide = one_depth and tokens > 128 and stages_for(256, slices, group_size)[0] >= LEAST_STAGES
+    return 256 if wide else 128
 
 
 class Order(ctypes.Structure):
@@ -147,13 +157,17 @@ def fused(
     x: Float[Tensor, "T K"], weight: Tiles, depth: Int[Tensor, " T"] | int, way: Way | None = None, stages: int = STAGES,
     own: int = 0,
 ) -> Float[Tensor, "T N"]:  # fmt: skip
-    """`product` by `arrange.cu` and `many.cu`. Given or as is best: `way`, most `stages`, `own` tokens of a tile (64, 128)."""
-    x, (tokens, columns), every, device = x.contiguous(), x.shape, len(weight.slices), x.device.index or 0
+    """`product` by `arrange.cu` and `many.cu`; `way`, most `stages` and tokens of a tile (`own`: 64, 128, 256) as is best."""
+    x, (tokens, columns), device = x.contiguous(), x.shape, x.device.index or 0
+    # where all read one depth, the kernel is one of a weight that has no more: stages are smaller
+    slices = weight.slices[:depth] if isinstance(depth, int) else weight.slices
+    every = len(slices)
     out = x.new_empty(tokens, weight.rows)
     if not tokens:
         return out
-    own = own or (64 if tokens <= 64 else 128)
-    arrange, p = (one() for one in fused_parameters(len(weight.pieces)))
+    own = own or tile_for(tokens, isinstance(depth, int), slices, weight.group_size)
+    pieces = pieces_of(slices)
+    arrange, p = (one() for one in fused_parameters(len(pieces)))
     runs, tiles, mixed = p.runs, -(-tokens // own), None
     if isinstance(depth, int):
         runs.depth = depth
@@ -169,13 +183,13 @@ def fused(
     how = ("BF16", int(x.dtype == torch.bfloat16)), ("TOKENS", own)
     made = compiler.kernel("arrange", how, device)
     made.launch(-(-tiles * own * p.steps * 2 // ARRANGE_THREADS), ARRANGE_THREADS, arrange, overlap=True)
-    for i, piece in enumerate(weight.pieces):
-        p.pieces[i] = piece.data_ptr()
+    for i in range(len(pieces)):
+        p.pieces[i] = weight.pieces[i].data_ptr()
     p.scale, p.zero, p.x, p.out = weight.scale.data_ptr(), weight.zero.data_ptr(), laid.data_ptr(), out.data_ptr()
     p.rows, row_blocks = weight.rows, -(-weight.rows // ROWS)
-    held, memory = stages_for(own, weight)
+    held, memory = stages_for(own, slices, weight.group_size)
     p.stages = min(stages, held)
-    made = compiler.kernel("many", (*how, *definitions(weight.slices, weight.group_size)), device)
+    made = compiler.kernel("many", (*how, *definitions(slices, weight.group_size)), device)
     shape = -(-tokens // own), row_blocks, p.steps, compiler.processors(x.device)
     # how many tiles mixed depths have is not known here
     launches = [(row_blocks, way or way_for(*shape))] if way or mixed else launches_for(*shape)

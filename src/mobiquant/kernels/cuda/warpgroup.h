@@ -76,6 +76,10 @@ DEVICE FourFloats load_from(const float *at, int rank) {
     return to;
 }
 
+// registers of each thread of a group of four warps from here on: some that others have left, or fewer
+template <int count> DEVICE void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count)); }
+template <int count> DEVICE void leave_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count)); }
+
 // registers are as they should be for the products to come
 DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void products_end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -97,7 +101,7 @@ DEVICE View view_beyond(View tile, int bytes, int step) { return (tile & ~(u64)~
 #define KIND "f32.f16.f16"
 #endif
 
-// d += a b: 64 rows of 16 weights, those of a warp in its lanes, by 16 columns of 64 or 128 tokens
+// d += a b: 64 rows of 16 weights, those of a warp in its lanes, by 16 columns of 64, 128 or 256 tokens
 DEVICE void multiply_tokens(float (&d)[32], const u32 (&a)[4], View b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16." KIND
                  " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, " FOUR(1) FOUR(2) "%30, %31}, {%32, %33, %34, %35}, %36, 1, 1, 1, 0;"
@@ -110,6 +114,15 @@ DEVICE void multiply_tokens(float (&d)[64], const u32 (&a)[4], View b) {
                  " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, " FOUR(1) FOUR(2) FOUR(3) FOUR(4) FOUR(5)
                  "%60, %61, %62, %63}, {%64, %65, %66, %67}, %68, 1, 1, 1, 0;"
                  : HELD(0), HELD(8), HELD(16), HELD(24), HELD(32), HELD(40), HELD(48), HELD(56)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+DEVICE void multiply_tokens(float (&d)[128], const u32 (&a)[4], View b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n256k16." KIND
+                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, " FOUR(1) FOUR(2) FOUR(3) FOUR(4) FOUR(5) FOUR(6) FOUR(7) FOUR(8) FOUR(9) FOUR(10)
+                 FOUR(11) "%120, %121, %122, %123, %124, %125, %126, %127}, {%128, %129, %130, %131}, %132, 1, 1, 1, 0;"
+                 : HELD(0), HELD(8), HELD(16), HELD(24), HELD(32), HELD(40), HELD(48), HELD(56), HELD(64), HELD(72), HELD(80), HELD(88),
+                   HELD(96), HELD(104), HELD(112), HELD(120)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
