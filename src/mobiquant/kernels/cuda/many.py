@@ -176,8 +176,9 @@ def fused(
     held, memory = stages_for(own, weight)
     p.stages = min(stages, held)
     made = compiler.kernel("many", (*how, *definitions(weight.slices, weight.group_size)), device)
-    shape = -(-tokens // own), row_blocks, p.steps, compiler.processors(x.device)
-    # how many tiles mixed depths have is not known here
+    # how many tiles mixed depths have is not known here: taken for as many as half of the depths would leave
+    likely = -(-tokens // own) + (every // 2 if mixed else 0)
+    shape = likely, row_blocks, p.steps, compiler.processors(x.device)
     launches = [(row_blocks, way or way_for(*shape))] if way or mixed else launches_for(*shape)
     for count, (p.share, p.split) in launches:
         # a last cluster may have a block without rows
