@@ -168,7 +168,7 @@ def fused(
     arrange.runs, arrange.x, arrange.out, arrange.columns, arrange.steps = runs, x.data_ptr(), laid.data_ptr(), columns, p.steps
     how = ("BF16", int(x.dtype == torch.bfloat16)), ("TOKENS", own)
     made = compiler.kernel("arrange", how, device)
-    made.launch(-(-tiles * own * p.steps * 2 // ARRANGE_THREADS), ARRANGE_THREADS, arrange, overlap=True)
+    made.launch(-(-tiles * own * p.steps * 8 // ARRANGE_THREADS), ARRANGE_THREADS, arrange, overlap=True)
     for i, piece in enumerate(weight.pieces):
         p.pieces[i] = piece.data_ptr()
     p.scale, p.zero, p.x, p.out = weight.scale.data_ptr(), weight.zero.data_ptr(), laid.data_ptr(), out.data_ptr()
