@@ -17,25 +17,34 @@ struct Params {
     int columns, steps;
 };
 
-// a thread takes 32 columns of a token
+// word i of lane n of four becomes word n of lane i
+DEVICE void turn_four(u32 (&w)[4], int lane) {
+    const bool odd = lane & 1, upper = lane & 2;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        const u32 got = shuffle_xor(odd ? w[i] : w[i + 1], 1);
+        w[odd ? i : i + 1] = got;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const u32 got = shuffle_xor(upper ? w[i] : w[i + 2], 2);
+        w[upper ? i : i + 2] = got;
+    }
+}
+
+// a thread takes eight columns of a token, eight threads a step: what they read lies side by side, and so does what they write
 extern "C" __global__ void __launch_bounds__(THREADS) arrange(const __grid_constant__ Params p) {
     let_next_begin();
     wait_for_last();
-    const int at = blockIdx.x * THREADS + threadIdx.x, half = at % 2, step = at / 2 % p.steps, row = at / 2 / p.steps;
-    const int tile = row / TOKENS, token = row % TOKENS;
-    if (tile >= p.runs.tiles) return;
-    const Run run = run_of(p.runs, tile);
-    if (!run.depth) return;
-    const u16 *from = token < run.count ? p.x + (u64)token_of(p.runs, run.first + token) * p.columns : nullptr;
-    Four f[4];
-#pragma unroll
-    for (int n = 0; n < 4; n++) {
-        const int column = step * 64 + half * 32 + n * 8;
-        f[n] = from && column < p.columns ? load_fresh((const Four *)(from + column)) : Four{0, 0, 0, 0};
-    }
+    const int at = blockIdx.x * THREADS + threadIdx.x, eight = at % 8, step = at / 8 % p.steps, row = at / 8 / p.steps;
+    const int tile = row / TOKENS, token = row % TOKENS, column = step * 64 + eight * 8;
+    // lanes of a warp may be of two tiles, and all come to exchange words
+    const Run run = tile < p.runs.tiles ? run_of(p.runs, tile) : Run{0, 0, 0};
+    Four from = {0, 0, 0, 0};
+    if (run.depth && token < run.count && column < p.columns)
+        from = load_fresh((const Four *)(p.x + (u64)token_of(p.runs, run.first + token) * p.columns + column));
+    u32 words[4] = {from.x, from.y, from.z, from.w};
+    turn_four(words, threadIdx.x % 32);
     u8 *to = p.out + ((u64)tile * p.steps + step) * (TOKENS * 128);
-    *(Four *)(to + place_of_sixteen(token, half * 4)) = {f[0].x, f[1].x, f[2].x, f[3].x};
-    *(Four *)(to + place_of_sixteen(token, half * 4 + 1)) = {f[0].y, f[1].y, f[2].y, f[3].y};
-    *(Four *)(to + place_of_sixteen(token, half * 4 + 2)) = {f[0].z, f[1].z, f[2].z, f[3].z};
-    *(Four *)(to + place_of_sixteen(token, half * 4 + 3)) = {f[0].w, f[1].w, f[2].w, f[3].w};
+    if (run.depth) *(Four *)(to + place_of_sixteen(token, eight)) = {words[0], words[1], words[2], words[3]};
 }

@@ -127,10 +127,12 @@ template <int last, int step> DEVICE void make_weights(Weights &weights, Row (&r
 
 // ---- products
 
-typedef float Sums[TOKENS / 2];  // rows lane / 4 and 8 more of the warp, tokens 8 n + lane % 4 * 2 and the next: at 4 n
+// rows lane / 4 and 8 more of the warp, tokens 8 n + lane % 4 * 2 and the next: at 4 n
+template <int tokens> using SumsOf = float[tokens / 2];
+typedef SumsOf<TOKENS> Sums;
 
 // begin the products of a step, and wait for those of the step before
-DEVICE void multiply_step(Sums &sums, const Weights &weights, View x, int beyond) {
+template <int tokens> DEVICE void multiply_step(SumsOf<tokens> &sums, const Weights &weights, View x, int beyond) {
     products_begin();
 #pragma unroll
     for (int i = 0; i < 4; i++) multiply_tokens(sums, weights[i], view_beyond(x, beyond, i));
@@ -138,7 +140,7 @@ DEVICE void multiply_step(Sums &sums, const Weights &weights, View x, int beyond
     wait_for_products<1>();
 }
 
-template <int last> DEVICE void multiply(Sums &sums, const Block &b, const Own &own) {
+template <int last, int tokens> DEVICE void multiply(SumsOf<tokens> &sums, const Block &b, const Own &own) {
     Weights even, odd;
     Row rows[2];
     Turn turn;
@@ -152,11 +154,11 @@ template <int last> DEVICE void multiply(Sums &sums, const Block &b, const Own &
         take_words<last>(words[0], codes, own, 0);
         take_words<last>(words[1], codes, own, 1);
         make_weights<last, 0>(even, rows, words[0], codes, own);
-        multiply_step(sums, even, x, 0);
+        multiply_step<tokens>(sums, even, x, 0);
         // the products of the stage before are done; all who bring x wait for all who read it
         if (left < b.turns && own.lane < b.share) come_in(b.empty + place_before(turn, b.stages), b.first_of_share + own.lane);
         make_weights<last, 1>(odd, rows, words[1], codes, own);
-        multiply_step(sums, odd, x, X_BYTES);
+        multiply_step<tokens>(sums, odd, x, X_BYTES);
         go_on(turn, b.stages);
     }
     wait_for_products<0>();
@@ -247,7 +249,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) many(const __grid_const
         if (!run.depth) return;
         Sums sums = {};
         const Own own = {warp / 2, warp % 2, lane};
-        at_depth<0>(run.depth, [&](auto last) { multiply<last.number>(sums, b, own); });
+        // tiles that are not half full, as the last one and some of mixed depths are, take half the products
+        constexpr int half = TOKENS > 64 ? TOKENS / 2 : TOKENS;
+        if (run.count > half || TOKENS == 64) at_depth<0>(run.depth, [&](auto last) { multiply<last.number, TOKENS>(sums, b, own); });
+        else at_depth<0>(run.depth, [&](auto last) { multiply<last.number, half>(*(SumsOf<half> *)&sums, b, own); });
         // x has been read: results take its place
         __syncthreads();
         if (p.split > 1) {

@@ -182,7 +182,7 @@ def fused(
     arrange.runs, arrange.x, arrange.out, arrange.columns, arrange.steps = runs, x.data_ptr(), laid.data_ptr(), columns, p.steps
     how = ("BF16", int(x.dtype == torch.bfloat16)), ("TOKENS", own)
     made = compiler.kernel("arrange", how, device)
-    made.launch(-(-tiles * own * p.steps * 2 // ARRANGE_THREADS), ARRANGE_THREADS, arrange, overlap=True)
+    made.launch(-(-tiles * own * p.steps * 8 // ARRANGE_THREADS), ARRANGE_THREADS, arrange, overlap=True)
     for i in range(len(pieces)):
         p.pieces[i] = weight.pieces[i].data_ptr()
     p.scale, p.zero, p.x, p.out = weight.scale.data_ptr(), weight.zero.data_ptr(), laid.data_ptr(), out.data_ptr()
@@ -190,8 +190,9 @@ def fused(
     held, memory = stages_for(own, slices, weight.group_size)
     p.stages = min(stages, held)
     made = compiler.kernel("many", (*how, *definitions(slices, weight.group_size)), device)
-    shape = -(-tokens // own), row_blocks, p.steps, compiler.processors(x.device)
-    # how many tiles mixed depths have is not known here
+    # how many tiles mixed depths have is not known here: taken for as many as half of the depths would leave
+    likely = -(-tokens // own) + (every // 2 if mixed else 0)
+    shape = likely, row_blocks, p.steps, compiler.processors(x.device)
     launches = [(row_blocks, way or way_for(*shape))] if way or mixed else launches_for(*shape)
     for count, (p.share, p.split) in launches:
         # a last cluster may have a block without rows

@@ -61,9 +61,12 @@ def failing(slices: tuple[int, ...], group_size: int, dtype: torch.dtype, device
                 # every way, whichever this shape would take
                 ways = [product(own, laid, every), many.dense(own, laid, depth)]
                 if many.has_warpgroups(device):
-                    ways += [many.fused(own, laid, every, way) for way in many.WAYS]
+                    # in a tile of few tokens and in one that is more than half full
+                    for way in many.WAYS:
+                        ways.append(many.fused(own, laid, every, way))
+                        ways.append(many.fused(own.repeat(30, 1), laid, every.repeat(30), way).unflatten(0, (30, 3)))
                 for made in ways:
-                    error = (made.float().cpu() - wanted).norm() / wanted.norm()
+                    error = (made.float().cpu() - wanted).norm() / wanted.expand(made.shape).norm()
                     if not error < WRONG:
                         return f"the GPU kernels give wrong products on this device (error {float(error):.2g})"
     # whatever the driver or the compiler says: the reason is told, and torch takes over
