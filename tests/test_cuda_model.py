@@ -12,7 +12,7 @@ import mobiquant
 from mobiquant import captured, matmul
 from mobiquant.config import Format
 from mobiquant.generate import generate
-from mobiquant.kernels.cuda import few
+from mobiquant.kernels.cuda import few, many
 from mobiquant.linear import mobilinears
 
 DTYPE = torch.float16
@@ -71,6 +71,22 @@ def test_layers_of_one_input_take_one_launch(model, monkeypatch):
     logits(model, tiny.tokens(1, 2))
     layers = mobilinears(model).values()
     assert sum(calls) == len(layers) and len(calls) == len({id(layer.owner) for layer in layers})
+    assert all(layer._ahead is None for layer in layers)
+
+
+@pytest.mark.parametrize("model", ["per-block", "per-input", "per-linear"], indirect=True)
+def test_prompts_of_one_input_take_one_launch_too(model, monkeypatch):
+    calls, original = [], many.product
+    monkeypatch.setattr(many, "product", lambda x, weights, depth: calls.append(len(weights)) or original(x, weights, depth))
+    layers = mobilinears(model).values()
+    for bits in (3.5, 8):
+        mobiquant.set_precision(model, bits)
+        mobiquant.bits_read(model, reset=True)
+        logits(model, tiny.tokens(1, 20))
+        assert sum(calls) == len(layers) and len(calls) == len({id(layer.owner) for layer in layers})
+        # each layer is counted, once
+        assert mobiquant.bits_read(model, reset=True) == pytest.approx(bits, abs=0.6)
+        calls.clear()
     assert all(layer._ahead is None for layer in layers)
 
 

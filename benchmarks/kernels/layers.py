@@ -173,19 +173,19 @@ def decode(stack: Stack, tokens: int, fixed: tuple[int, ...], routed: tuple[floa
 
 
 def prefill(stack: Stack, tokens: int, fixed: tuple[int, ...]) -> Iterator[Row]:
-    """Rows of many tokens of the first block's layers, times the number of blocks."""
-    x, device, count = stack.inputs(tokens), stack.device, len(stack.model.inputs)
-    layers = [(one.input.columns, laid) for one in stack.launches[:count] for laid in one.plain.members]
+    """Rows of many tokens, the layers of one input together."""
+    x, device = stack.inputs(tokens), stack.device
+    layers = [(one.input.columns, one.plain.members) for one in stack.launches]
     drawn = torch.randint(1, 4, (tokens,), device=device, generator=stack.generator)
 
     def run(depth: Any) -> Callable[[], Any]:
-        return lambda: [many.product(x[columns], laid, depth) for columns, laid in layers]
+        return lambda: [many.product(x[columns], members, depth) for columns, members in layers]
 
     for width in fixed:
         taken = median(captured(run(WIDTHS.index(width) + 1), device), device)
-        yield Row("fixed", tokens, width, width, taken * stack.model.blocks, stack.bytes(width, False))
+        yield Row("fixed", tokens, width, width, taken, stack.bytes(width, False))
     taken = median(captured(run(drawn), device), device)
-    yield Row("mixed", tokens, 3.0, 4.0, taken * stack.model.blocks, stack.bytes(4.0, False))
+    yield Row("mixed", tokens, 3.0, 4.0, taken, stack.bytes(4.0, False))
 
 
 @contextmanager

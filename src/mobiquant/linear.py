@@ -231,24 +231,17 @@ class MobiLinear(nn.Module):
     def forward(self, x: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch N"]:
         flat = x.reshape(-1, self.in_features)  # [..., K] -> [T, K]
         sequences = x.shape[0] if x.dim() > 2 else None
-        on_gpu = matmul.on_gpu(flat, self.format.slices, self.format.group_size, self.in_features)
-        if on_gpu and flat.shape[0] <= self.owner._most():
+        if matmul.on_gpu(flat, self.format.slices, self.format.group_size, self.in_features):
             return self._together(x, flat, sequences).view(*x.shape[:-1], self.out_features)
         depth = self.depths(flat, sequences)
         self.precision.record(depth, flat.shape[0], self.in_features * self.out_features)
-        if on_gpu:
-            from mobiquant.kernels.cuda import product
-
-            self.lay_out()
-            y = product.product(flat, self._tiles, depth)
-        else:
-            y = matmul.matmul(flat, self.packed(), depth)
+        y = matmul.matmul(flat, self.packed(), depth)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
     def _together(self, x: Tensor, flat: Float[Tensor, "T K"], sequences: int | None) -> Float[Tensor, "T N"]:
-        """The product of few tokens, in one launch with those of the other layers that read the same input.
+        """The product on CUDA, made together with those of the other layers that read the same input.
 
         The first of them to be called makes all; the others find theirs, as long as they are called with the same tensor.
         """
@@ -256,7 +249,8 @@ class MobiLinear(nn.Module):
         # the same tensor, unchanged, at the same precision
         state = self.precision.changes, 0 if x.is_inference() else x._version
         if ahead is None or ahead[0] is not x or ahead[1] != state or id(self) not in ahead[2]:
-            made = owner._call(flat, sequences)
+            call = owner._call if flat.shape[0] <= owner._most() else owner._call_many
+            made = call(flat, sequences)
             ahead = x, state, {id(layer): y for layer, y in zip(owner.members, made, strict=True)}
         y = ahead[2].pop(id(self))
         owner._ahead = ahead if ahead[2] else None
@@ -277,6 +271,18 @@ class MobiLinear(nn.Module):
         for place, depth in zip(self._places_ahead(), told, strict=False):
             self.precision.tell(place, depth)
         return made
+
+    def _call_many(self, x: Float[Tensor, "T K"], sequences: int | None) -> list[Float[Tensor, "T _"]]:
+        """Products of many tokens by all members; what later layers of the block read is decided before."""
+        from mobiquant.kernels.cuda import many
+
+        depth = self.depths(x, sequences)
+        for layer in self.members:
+            layer.precision.record(depth, x.shape[0], layer.in_features * layer.out_features)
+            layer.lay_out()
+        laid: Any = [layer._tiles for layer in self.members]
+        made = many.product(x, laid, depth)
+        return [y if own.bias is None else y + own.bias.to(y.dtype) for y, own in zip(made, self.members, strict=True)]
 
     def at_once(
         self, x: Float[Tensor, "1 K"], before: "Norm | Gate | None" = None, alone: bool = False

@@ -271,21 +271,14 @@ inline void send_tile(simt::Block *block, u8 *to, const u8 *from, u32 bytes, Bar
 }
 inline void copy_tile(u8 *to, const u8 *from, u32 bytes, Barrier *at) { send_tile(simt::now->block, to, from, bytes, at); }
 
-inline int rank_in_cluster() { return simt::now->block->rank; }
 inline void come_to_cluster() {
     simt::Block &first = *simt::now->block->cluster[0];
     simt::now->meeting = first.meeting;
     if (++first.together == first.threads * (int)simt::now->block->cluster.size()) first.together = 0, first.meeting++;
 }
-inline void come_with_barriers() { come_to_cluster(); }
+inline void come_with_reads() { come_to_cluster(); }
 inline void wait_for_cluster() {
     while (simt::now->block->cluster[0]->meeting == simt::now->meeting) simt::yield();
-}
-inline void come_in(Barrier *at, int rank) { come(simt::in_block(at, rank)); }
-inline void copy_to_all(u8 *to, const u8 *from, u32 bytes, Barrier *at, u16 mask) {
-    for (int rank = 0; rank < 16; rank++)
-        if (mask >> rank & 1)
-            send_tile(simt::now->block->cluster[rank], simt::in_block(to, rank), from, bytes, simt::in_block(at, rank));
 }
 inline FourFloats load_from(const float *at, int rank) { return *(const FourFloats *)simt::in_block(at, rank); }
 inline void wait_for_phase(Barrier *at, int number) {
@@ -305,9 +298,9 @@ template <int bytes> inline void copy_own(u8 *to, const u8 *from) {
     simt::now->copies.push_back({to, from, bytes});
 }
 
-// products with a matrix in shared memory are done at once
 template <int count> inline void take_registers() {}
 template <int count> inline void leave_registers() {}
+// products with a matrix in shared memory are done at once
 inline void products_begin() {}
 inline void products_end() {}
 template <int left> inline void wait_for_products() {}

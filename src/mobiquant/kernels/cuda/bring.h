@@ -17,35 +17,45 @@ DEVICE constexpr int place_of_codes(int piece, int row_tile) { return ((END[piec
 DEVICE constexpr int place_of_scales(int row_tile) { return ALL_CODES + row_tile * (GROUPS * SCALES); }
 DEVICE constexpr int place_of_zeros(int row_tile) { return ALL_CODES + ROW_TILES * GROUPS * SCALES + row_tile * (GROUPS * ZEROS); }
 
-struct Params {
-    Runs runs;
+constexpr int MEMBERS = 4;
+
+// a weight of those that read the same x
+struct Member {
     const u8 *pieces[PIECES];  // [row tiles][column tiles][32 lanes][8 bytes * width]
     const u8 *scale, *zero;    // fp16, uint8 [row tiles][groups][8][4]
-    const u8 *x;               // of `arrange.cu` [tiles, steps, TOKENS * 128]
     u16 *out;                  // [tokens, rows]
-    int rows, column_tiles, groups, steps;
-    int first_block;           // of 128 rows: those of this launch
-    int share, split, stages;  // blocks that share x and that share out the columns: a cluster; stages that shared memory holds
+    int rows, end;             // end: blocks of 128 rows up to and with this member
+};
+
+struct Params {
+    Runs runs;
+    Member members[MEMBERS];
+    const u8 *x;  // of `arrange.cu` [tiles, steps, TOKENS * 128]
+    int column_tiles, groups, steps;
+    int first_block;    // of 128 rows: those of this launch
+    int split, stages;  // blocks that share out the columns, a cluster; stages that shared memory holds
 };
 
 // a stage on its way: `full` once it has arrived, `empty` once all warps of products have used it
 struct Block {
     u8 *x, *codes;
     Barrier *full, *empty;
-    int stages, share, first_of_share;  // and the rank in the cluster of the first block that shares x with this one
-    int tile, row_tile, beside, part;   // beside: place among those that share x; part: of the columns
-    int first, turns;                   // stages of its columns
+    const Member *member;
+    int stages, tile, row_tile, part;  // row_tile: of the member; part: of the columns
+    int first, turns;                  // stages of its columns
 };
 
 DEVICE Block block_of(const Params &p, u8 *bytes) {
-    const int size = p.share * p.split, rank = rank_in_cluster(), cluster = blockIdx.x / size, turns = p.steps / 2;
+    const int cluster = blockIdx.x / p.split, turns = p.steps / 2;
     Block b;
     b.x = aligned_1024(bytes), b.codes = b.x + p.stages * STAGE_BYTES;
     b.full = (Barrier *)(b.codes + p.stages * CODES_BYTES), b.empty = b.full + p.stages;
-    b.stages = p.stages, b.share = p.share, b.beside = rank % p.share, b.part = rank / p.share;
-    b.first_of_share = b.part * p.share;
+    b.stages = p.stages, b.part = blockIdx.x % p.split;
     // tiles of the same rows run side by side
-    b.tile = cluster % p.runs.tiles, b.row_tile = (p.first_block + cluster / p.runs.tiles * p.share + b.beside) * ROW_TILES;
+    b.tile = cluster % p.runs.tiles;
+    int i = 0, block = p.first_block + cluster / p.runs.tiles;
+    while (block >= p.members[i].end) i++;
+    b.member = p.members + i, b.row_tile = (block - (i ? p.members[i - 1].end : 0)) * ROW_TILES;
     b.first = turns * b.part / p.split, b.turns = turns * (b.part + 1) / p.split - b.first;
     return b;
 }
@@ -67,18 +77,19 @@ struct Copy {
 
 // lane by lane the pieces up to a depth, scales and zero points of row tile `own` of a block; there are none beyond the last
 DEVICE Copy copy_of(const Params &p, const Block &b, int depth, int own, int lane) {
+    const Member &m = *b.member;
     const u64 row_tile = b.row_tile + own;
     int count = 0, bits = 0;
     Copy copy = {nullptr, 0, 0, 0};
-    if (row_tile * 32 >= p.rows) return copy;
+    if (row_tile * 32 >= m.rows) return copy;
 #pragma unroll
     for (int piece = 0; piece < PIECES; piece++) {
         if (DEPTH[piece] > depth) continue;
-        if (lane == piece) copy = {p.pieces[piece] + row_tile * p.column_tiles * (256 * WIDTH[piece]), place_of_codes(piece, own), 512 * WIDTH[piece]};
+        if (lane == piece) copy = {m.pieces[piece] + row_tile * p.column_tiles * (256 * WIDTH[piece]), place_of_codes(piece, own), 512 * WIDTH[piece]};
         count++, bits = END[piece];
     }
-    if (lane == count) copy = {p.scale + row_tile * p.groups * SCALES, place_of_scales(own), GROUPS * SCALES};
-    if (lane == count + 1) copy = {p.zero + row_tile * p.groups * ZEROS, place_of_zeros(own), GROUPS * ZEROS};
+    if (lane == count) copy = {m.scale + row_tile * p.groups * SCALES, place_of_scales(own), GROUPS * SCALES};
+    if (lane == count + 1) copy = {m.zero + row_tile * p.groups * ZEROS, place_of_zeros(own), GROUPS * ZEROS};
     copy.from += (u64)b.first * copy.bytes;
     copy.all = bits * 512 + GROUPS * (SCALES + ZEROS);
     return copy;
@@ -97,12 +108,10 @@ DEVICE void bring_codes(const Params &p, const Block &b, Copy &copy, int turn, i
     copy.from += copy.bytes;
 }
 
-// x of a stage: of blocks that share it each brings one step to both
+// x of a stage
 DEVICE void bring_x(const Params &p, const Block &b, int turn, int at) {
     const u8 *from = p.x + ((u64)b.tile * p.steps + 2 * (b.first + turn)) * X_BYTES;
-    u8 *to = b.x + at * STAGE_BYTES;
-    if (p.share == 1) copy_tile(to, from, STAGE_BYTES, b.full + at);
-    else copy_to_all(to + b.beside * X_BYTES, from + b.beside * X_BYTES, X_BYTES, b.full + at, (u16)(3 << b.first_of_share));
+    copy_tile(b.x + at * STAGE_BYTES, from, STAGE_BYTES, b.full + at);
 }
 
 // All stages of a block, by a warp its row tile `own`, and by the first x; what the tile holds. Where the depth is known, codes of the

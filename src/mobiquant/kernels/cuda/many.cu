@@ -1,4 +1,4 @@
-// Many tokens by the weight of one layer, on Hopper: weights are made in registers on their way to the tensor cores.
+// Many tokens by the weights of up to four layers that read the same input, on Hopper: weights are made in registers on their way to the tensor cores.
 //
 // What: y_t = x_t read(q, depth_t)^T. The value of a weight is that of `slices.dequantize`: one rounding to fp32, one to the dtype
 // of the activations.
@@ -8,9 +8,8 @@
 // codes, scales and zero points, in stages of two steps of 64 columns. While the products of a step run, the codes of the next are
 // turned into weights.
 //
-// Blocks of a cluster work on the same tokens. `share` (1 or 2) of them have rows beside each other and the same columns: each brings
-// its part of x to all of them. `split` others have the same rows, and each its part of the columns: their sums are added up at the
-// end, always in the same order. A block without rows takes part as the others do, and stores nothing.
+// Weights that read the same x are one launch. Blocks of a cluster have the same tokens and rows, and each a part of the columns: their
+// sums are added up at the end, always in the same order.
 //
 // Set by the compiler's command line: BF16, GROUP, BASE, PIECES, WIDTHS, DEPTHS, ENDS as for `few.cu`, and TOKENS, 64, 128 or 256.
 
@@ -155,8 +154,8 @@ template <int last, int tokens> DEVICE void multiply(SumsOf<tokens> &sums, const
         take_words<last>(words[1], codes, own, 1);
         make_weights<last, 0>(even, rows, words[0], codes, own);
         multiply_step<tokens>(sums, even, x, 0);
-        // the products of the stage before are done; all who bring x wait for all who read it
-        if (left < b.turns && own.lane < b.share) come_in(b.empty + place_before(turn, b.stages), b.first_of_share + own.lane);
+        // the products of the stage before are done
+        if (left < b.turns && own.lane == 0) come(b.empty + place_before(turn, b.stages));
         make_weights<last, 1>(odd, rows, words[1], codes, own);
         multiply_step<tokens>(sums, odd, x, X_BYTES);
         go_on(turn, b.stages);
@@ -167,15 +166,15 @@ template <int last, int tokens> DEVICE void multiply(SumsOf<tokens> &sums, const
 // ---- results
 
 // eight rows of a token
-DEVICE void store_eight(const Params &p, const Run &run, int token, int row, const Four &eight) {
-    u16 *to = p.out + (u64)token_of(p.runs, run.first + token) * p.rows + row;
-    if (p.rows % 8 == 0) {
-        if (row < p.rows) *(Four *)to = eight;
+DEVICE void store_eight(const Params &p, const Member &m, const Run &run, int token, int row, const Four &eight) {
+    u16 *to = m.out + (u64)token_of(p.runs, run.first + token) * m.rows + row;
+    if (m.rows % 8 == 0) {
+        if (row < m.rows) *(Four *)to = eight;
     } else {
         const u32 twos[4] = {eight.x, eight.y, eight.z, eight.w};
 #pragma unroll
         for (int k = 0; k < 8; k++)
-            if (row + k < p.rows) to[k] = (u16)(twos[k / 2] >> (16 * (k % 2)));
+            if (row + k < m.rows) to[k] = (u16)(twos[k / 2] >> (16 * (k % 2)));
     }
 }
 
@@ -191,7 +190,7 @@ DEVICE void store_out(const Params &p, const Run &run, const Block &b, const Sum
     __syncthreads();
     for (int i = threadIdx.x; i < run.count * (ROWS / 8); i += 32 * WARPS) {
         const int token = i / (ROWS / 8), eight = i % (ROWS / 8);
-        store_eight(p, run, token, b.row_tile * 32 + eight * 8, *(const Four *)(b.x + token * OUT_STRIDE + eight * 16));
+        store_eight(p, *b.member, run, token, b.row_tile * 32 + eight * 8, *(const Four *)(b.x + token * OUT_STRIDE + eight * 16));
     }
 }
 
@@ -212,13 +211,12 @@ DEVICE void store_parts(const Params &p, const Run &run, const Block &b, const S
         FourFloats low = {0, 0, 0, 0}, high = {0, 0, 0, 0};
         for (int part = 0; part < p.split; part++) {
             const float *at = own + token * SUMS_STRIDE + eight * 8;
-            const int rank = part * p.share + b.beside;
-            const FourFloats a = load_from(at, rank), c = load_from(at + 4, rank);
+            const FourFloats a = load_from(at, part), c = load_from(at + 4, part);
             low.x += a.x, low.y += a.y, low.z += a.z, low.w += a.w;
             high.x += c.x, high.y += c.y, high.z += c.z, high.w += c.w;
         }
         const Four made = {narrow_two(low.x, low.y), narrow_two(low.z, low.w), narrow_two(high.x, high.y), narrow_two(high.z, high.w)};
-        store_eight(p, run, token, b.row_tile * 32 + eight * 8, made);
+        store_eight(p, *b.member, run, token, b.row_tile * 32 + eight * 8, made);
     }
 }
 
@@ -227,11 +225,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) many(const __grid_const
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const Block b = block_of(p, bytes);
     if (threadIdx.x == 0) {
-        for (int i = 0; i < b.stages; i++) set_up(b.full + i, ROW_TILES), set_up(b.empty + i, WARPS * b.share);
+        for (int i = 0; i < b.stages; i++) set_up(b.full + i, ROW_TILES), set_up(b.empty + i, WARPS);
         show_barriers();
     }
-    // barriers are there before another block reports to them
-    come_with_barriers(), wait_for_cluster();
+    __syncthreads();
     let_next_begin();
     // each kind of warps in a branch of its own to the end: products of many tokens take registers that others leave
     if (warp >= WARPS) {
@@ -240,8 +237,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) many(const __grid_const
         // all blocks of the cluster have this tile
         if (!run.depth) return;
         __syncthreads();
-        if (p.split > 1) come_to_cluster(), wait_for_cluster(), come_with_barriers();
-        else come_to_cluster(), __syncthreads();
+        if (p.split > 1) come_to_cluster(), wait_for_cluster(), come_with_reads();
+        else __syncthreads();
     } else {
         if (TOKENS > 128) take_registers<232>();
         wait_for_last();
@@ -258,12 +255,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) many(const __grid_const
         if (p.split > 1) {
             store_parts(p, run, b, sums);
             // what was read of others has come: results are made of it
-            come_with_barriers();
-        } else {
-            come_to_cluster();
-            store_out(p, run, b, sums);
-        }
+            come_with_reads();
+        } else store_out(p, run, b, sums);
     }
-    // who has left can neither be read nor reported to
-    wait_for_cluster();
+    // who has left cannot be read
+    if (p.split > 1) wait_for_cluster();
 }

@@ -6,8 +6,8 @@ depth, as do `grouped_mm` and `spread.cu`, which skips depths that no token read
 """
 
 import ctypes
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int, Int32
@@ -21,19 +21,12 @@ SLOTS, WARPS = 8, 8
 ROWS, THREADS, STAGES, MEMORY, ARRANGE_THREADS, ORDER_THREADS = 128, 384, 6, 227 << 10, 256, 256
 
 
-class Way(NamedTuple):
-    """How blocks of `many.cu` work together: how many share x, and how many share out the columns. A cluster is all of them."""
-
-    share: int
-    split: int
-
-
 # stages that hide the way from memory
 LEAST_STAGES = 3
-# tokens of one depth up to which `fused` is faster
-FUSED_MOST = 1024
-# those that are taken; others work too
-WAYS = Way(1, 1), Way(2, 1), Way(1, 2), Way(1, 4)
+# tokens of one depth up to which `fused` is faster: of more than four bits, and of fewer
+FUSED_MOST = 256, 1024
+# weights of one launch, as in `bring.h`
+MEMBERS = 4
 
 
 @lru_cache(maxsize=8)
@@ -90,27 +83,29 @@ def fused_parameters(pieces: int) -> tuple[type[ctypes.Structure], type[ctypes.S
     class Arrange(ctypes.Structure):
         _fields_ = [("runs", Runs)] + [(n, address) for n in ("x", "out")] + [(n, whole) for n in ("columns", "steps")]
 
+    class Member(ctypes.Structure):
+        _fields_ = [("pieces", address * pieces)] + [(n, address) for n in ("scale", "zero", "out")] \
+            + [("rows", whole), ("end", whole)]  # fmt: skip
+
     class Many(ctypes.Structure):
-        numbers = "rows", "column_tiles", "groups", "steps", "first_block", "share", "split", "stages"
-        _fields_ = [("runs", Runs), ("pieces", address * pieces)] + [(n, address) for n in ("scale", "zero", "x", "out")] \
-            + [(n, whole) for n in numbers]  # fmt: skip
+        numbers = "column_tiles", "groups", "steps", "first_block", "split", "stages"
+        _fields_ = [("runs", Runs), ("members", Member * MEMBERS), ("x", address)] + [(n, whole) for n in numbers]
 
     return Arrange, Many
 
 
-def way_for(tiles: int, row_blocks: int, steps: int, processors: int) -> Way:
-    """For so many tiles of tokens and blocks of rows: columns are shared out if processors are left over, else x is shared."""
-    split = next((n for n in (4, 2) if tiles * row_blocks * n <= processors and steps >= 4 * n), 1)
-    return Way(2 if split == 1 and row_blocks > 1 else 1, split)
+def split_for(tiles: int, row_blocks: int, steps: int, processors: int) -> int:
+    """Blocks that share out the columns, of so many tiles of tokens and blocks of rows: two if processors are left over."""
+    return 2 if 2 * tiles * row_blocks <= processors and steps >= 8 else 1
 
 
-def launches_for(tiles: int, row_blocks: int, steps: int, processors: int) -> list[tuple[int, Way]]:
-    """Blocks of rows and the way of launches that follow each other: those that keep few processors busy have their own."""
-    whole = tiles * row_blocks // processors * processors // tiles // 2 * 2
-    last = way_for(tiles, row_blocks - whole, steps, processors)
-    if not 0 < whole < row_blocks or last.split == 1:
-        return [(row_blocks, way_for(tiles, row_blocks, steps, processors))]
-    return [(whole, Way(2, 1)), (row_blocks - whole, last)]
+def launches_for(tiles: int, row_blocks: int, steps: int, processors: int) -> list[tuple[int, int]]:
+    """Blocks of rows and their split, of one launch after another: those that keep few processors busy have their own."""
+    whole = tiles * row_blocks // processors * processors // tiles
+    last = split_for(tiles, row_blocks - whole, steps, processors)
+    if not 0 < whole < row_blocks or last == 1:
+        return [(row_blocks, split_for(tiles, row_blocks, steps, processors))]
+    return [(whole, 1), (row_blocks - whole, last)]
 
 
 def stages_for(own: int, slices: tuple[int, ...], group_size: int) -> tuple[int, int]:
@@ -123,12 +118,12 @@ def stages_for(own: int, slices: tuple[int, ...], group_size: int) -> tuple[int,
     return stages, 1024 + stages * stage
 
 
-def tile_for(tokens: int, one_depth: bool, slices: tuple[int, ...], group_size: int) -> int:
-    """Tokens of a tile: weights are made for each tile anew, so the most that they fill, while stages are enough."""
-    if tokens <= 64:
+def tile_for(tokens: int, row_blocks: int, one_depth: bool, stages_of_256: int, processors: int) -> int:
+    """Tokens of a tile. Weights are made for each tile anew, so the most that keep half of the processors busy."""
+    if tokens <= 64 or (tokens <= 128 and 4 * row_blocks <= processors):
         return 64
-    wide = one_depth and tokens > 128 and stages_for(256, slices, group_size)[0] >= LEAST_STAGES
-    return 256 if wide else 128
+    wide = one_depth and tokens > 128 and stages_of_256 >= LEAST_STAGES
+    return 256 if wide and -(-tokens // 256) * row_blocks * 9 >= processors * 4 else 128
 
 
 class Order(ctypes.Structure):
@@ -154,70 +149,92 @@ def order_of(depth: Int[Tensor, " T"], depths: int) -> tuple[Int32[Tensor, " T"]
 
 
 def fused(
-    x: Float[Tensor, "T K"], weight: Tiles, depth: Int[Tensor, " T"] | int, way: Way | None = None, stages: int = STAGES,
-    own: int = 0,
-) -> Float[Tensor, "T N"]:  # fmt: skip
-    """`product` by `arrange.cu` and `many.cu`; `way`, most `stages` and tokens of a tile (`own`: 64, 128, 256) as is best."""
-    x, (tokens, columns), device = x.contiguous(), x.shape, x.device.index or 0
-    # where all read one depth, the kernel is one of a weight that has no more: stages are smaller
-    slices = weight.slices[:depth] if isinstance(depth, int) else weight.slices
-    every = len(slices)
-    out = x.new_empty(tokens, weight.rows)
-    if not tokens:
+    x: Float[Tensor, "T K"], weights: Sequence[Tiles], depth: Int[Tensor, " T"] | int, split: int | None = None,
+    stages: int = STAGES, own: int = 0,
+) -> list[Float[Tensor, "T _"]]:  # fmt: skip
+    """`product` by `arrange.cu` and `many.cu`; `split`, most `stages` and tokens of a tile (`own`: 64, 128, 256) as is best."""
+    x, first, device = x.contiguous(), weights[0], x.device.index or 0
+    out = [x.new_empty(x.shape[0], weight.rows) for weight in weights]
+    if not x.shape[0]:
         return out
-    own = own or tile_for(tokens, isinstance(depth, int), slices, weight.group_size)
-    pieces = pieces_of(slices)
-    arrange, p = (one() for one in fused_parameters(len(pieces)))
-    runs, tiles, mixed = p.runs, -(-tokens // own), None
-    if isinstance(depth, int):
+    # where all read one depth, the kernel is one of weights that have no more: stages are smaller
+    slices = first.slices[:depth] if isinstance(depth, int) else first.slices
+    every, pieces, processors = len(slices), pieces_of(slices), compiler.processors(x.device)
+    row_blocks = sum(-(-weight.rows // ROWS) for weight in weights)
+    wide = stages_for(256, slices, first.group_size)[0]
+    own = own or tile_for(x.shape[0], row_blocks, isinstance(depth, int), wide, processors)
+    p = fused_parameters(len(pieces))[1]()
+    runs, tiles = p.runs, -(-x.shape[0] // own)
+    mixed = None if isinstance(depth, int) else order_of(depth, every)
+    if mixed is None:
         runs.depth = depth
     else:
-        mixed = order_of(depth, every)
         # each depth may leave a tile unfilled
         runs.order, runs.counts, tiles = mixed[0].data_ptr(), mixed[1].data_ptr(), tiles + every - 1
-    runs.tokens, runs.depths, runs.tiles = tokens, every, tiles
-    p.column_tiles, p.groups = weight.pieces[0].shape[1], weight.scale.shape[1]
+    runs.tokens, runs.depths, runs.tiles = x.shape[0], every, tiles
+    p.column_tiles, p.groups = first.pieces[0].shape[1], first.scale.shape[1]
     p.steps = -(-p.column_tiles // 2) * 2
-    laid = x.new_empty(tiles, p.steps, own * COLUMNS)
-    arrange.runs, arrange.x, arrange.out, arrange.columns, arrange.steps = runs, x.data_ptr(), laid.data_ptr(), columns, p.steps
-    how = ("BF16", int(x.dtype == torch.bfloat16)), ("TOKENS", own)
-    made = compiler.kernel("arrange", how, device)
-    made.launch(-(-tiles * own * p.steps * 8 // ARRANGE_THREADS), ARRANGE_THREADS, arrange, overlap=True)
-    for i in range(len(pieces)):
-        p.pieces[i] = weight.pieces[i].data_ptr()
-    p.scale, p.zero, p.x, p.out = weight.scale.data_ptr(), weight.zero.data_ptr(), laid.data_ptr(), out.data_ptr()
-    p.rows, row_blocks = weight.rows, -(-weight.rows // ROWS)
-    held, memory = stages_for(own, slices, weight.group_size)
+    laid = _arranged(x, p, own)
+    p.x, end = laid.data_ptr(), 0
+    for to, weight, made in zip(p.members, weights, out, strict=False):
+        end += -(-weight.rows // ROWS)
+        for i in range(len(pieces)):
+            to.pieces[i] = weight.pieces[i].data_ptr()
+        to.scale, to.zero, to.out = weight.scale.data_ptr(), weight.zero.data_ptr(), made.data_ptr()
+        to.rows, to.end = weight.rows, end
+    held, memory = stages_for(own, slices, first.group_size)
     p.stages = min(stages, held)
-    made = compiler.kernel("many", (*how, *definitions(slices, weight.group_size)), device)
+    kernel = compiler.kernel("many", (*_compiled_for(x, own), *definitions(slices, first.group_size)), device)
     # how many tiles mixed depths have is not known here: taken for as many as half of the depths would leave
-    likely = -(-tokens // own) + (every // 2 if mixed else 0)
-    shape = likely, row_blocks, p.steps, compiler.processors(x.device)
-    launches = [(row_blocks, way or way_for(*shape))] if way or mixed else launches_for(*shape)
-    for count, (p.share, p.split) in launches:
-        # a last cluster may have a block without rows
-        blocks = tiles * -(-count // p.share) * p.share * p.split
-        made.launch(blocks, THREADS, p, memory, overlap=True, cluster=p.share * p.split)
+    shape = -(-x.shape[0] // own) + (every // 2 if mixed else 0), row_blocks, p.steps, processors
+    launches = [(row_blocks, split or split_for(*shape))] if split or mixed else launches_for(*shape)
+    for count, p.split in launches:
+        kernel.launch(tiles * count * p.split, THREADS, p, memory, overlap=True, cluster=p.split)
         p.first_block += count
     return out
 
 
-def dense(x: Float[Tensor, "T K"], weight: Tiles, depth: Int[Tensor, " T"] | int) -> Float[Tensor, "T N"]:
+def _compiled_for(x: Tensor, own: int) -> tuple[tuple[str, int], ...]:
+    return ("BF16", int(x.dtype == torch.bfloat16)), ("TOKENS", own)
+
+
+def _arranged(x: Float[Tensor, "T K"], p: ctypes.Structure, own: int) -> Tensor:
+    """x as `many.cu` wants it, in tiles of `own` tokens."""
+    arrange = fused_parameters(len(p.members[0].pieces))[0]()
+    laid = x.new_empty(p.runs.tiles, p.steps, own * COLUMNS)
+    arrange.runs, arrange.x, arrange.out, arrange.columns, arrange.steps = (
+        p.runs,
+        x.data_ptr(),
+        laid.data_ptr(),
+        x.shape[1],
+        p.steps,
+    )
+    made = compiler.kernel("arrange", _compiled_for(x, own), x.device.index or 0)
+    made.launch(-(-p.runs.tiles * own * p.steps * 8 // ARRANGE_THREADS), ARRANGE_THREADS, arrange, overlap=True)
+    return laid
+
+
+def dense(x: Float[Tensor, "T K"], weights: Sequence[Tiles], depth: Int[Tensor, " T"] | int) -> list[Float[Tensor, "T _"]]:
     """`product` by weights written out and torch."""
     if isinstance(depth, int):
-        return x @ spread(weight, range(depth, depth + 1), x.dtype)[0].T
-    every = len(weight.slices)
+        return [x @ spread(weight, range(depth, depth + 1), x.dtype)[0].T for weight in weights]
+    every = len(weights[0].slices)
     order, counts = depth.argsort(stable=True), counts_of(depth, every)
-    weights = spread(weight, range(1, every + 1), x.dtype, counts)
-    sorted_y = torch.nn.functional.grouped_mm(x[order], weights.transpose(1, 2), offs=counts.cumsum(0, dtype=torch.int32))
-    return torch.empty_like(sorted_y).index_copy_(0, order, sorted_y)
+    ends, sorted_x, made = counts.cumsum(0, dtype=torch.int32), x[order], []
+    for weight in weights:
+        spread_out = spread(weight, range(1, every + 1), x.dtype, counts)
+        sorted_y = torch.nn.functional.grouped_mm(sorted_x, spread_out.transpose(1, 2), offs=ends)
+        made.append(torch.empty_like(sorted_y).index_copy_(0, order, sorted_y))
+    return made
 
 
-def fused_is_faster(tokens: int, depth: Int[Tensor, " T"] | int) -> bool:
-    """Whether `fused` is faster than `dense` (docs/kernels.md)."""
-    return not isinstance(depth, int) or tokens <= FUSED_MOST
+def fused_is_faster(tokens: int, depth: Int[Tensor, " T"] | int, slices: tuple[int, ...]) -> bool:
+    """Whether `fused` was faster than `dense` on an H200 (docs/kernels.md): but for wide codes of many tokens at one depth."""
+    return not isinstance(depth, int) or tokens <= FUSED_MOST[sum(slices[:depth]) <= 4]
 
 
-def product(x: Float[Tensor, "T K"], weight: Tiles, depth: Int[Tensor, " T"] | int) -> Float[Tensor, "T N"]:
-    """`x` [T, K] in fp16 or bf16 by the weight, token t at `depth[t]` (from 1)."""
-    return (fused if has_warpgroups(x.device) and fused_is_faster(x.shape[0], depth) else dense)(x, weight, depth)
+def product(x: Float[Tensor, "T K"], weights: Sequence[Tiles], depth: Int[Tensor, " T"] | int) -> list[Float[Tensor, "T _"]]:
+    """`x` [T, K] in fp16 or bf16 by weights that read it, token t at `depth[t]` (from 1)."""
+    way = fused if has_warpgroups(x.device) and fused_is_faster(x.shape[0], depth, weights[0].slices) else dense
+    parts = (way(x, weights[i : i + MEMBERS], depth) for i in range(0, len(weights), MEMBERS))
+    return [made for part in parts for made in part]

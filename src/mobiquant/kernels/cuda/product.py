@@ -59,12 +59,13 @@ def failing(slices: tuple[int, ...], group_size: int, dtype: torch.dtype, device
                 every = torch.full((3,), depth, device=device)
                 own = x.to(device)
                 # every way, whichever this shape would take
-                ways = [product(own, laid, every), many.dense(own, laid, depth)]
+                ways = [product(own, laid, every), *many.dense(own, [laid], depth)]
                 if many.has_warpgroups(device):
-                    # in a tile of few tokens and in one that is more than half full
-                    for way in many.WAYS:
-                        ways.append(many.fused(own, laid, every, way))
-                        ways.append(many.fused(own.repeat(30, 1), laid, every.repeat(30), way).unflatten(0, (30, 3)))
+                    # in a tile of few tokens, in one that is more than half full, and in one of most
+                    for split in (1, 2):
+                        thirty = many.fused(own.repeat(30, 1), [laid], every.repeat(30), split)
+                        ways += [*many.fused(own, [laid], every, split), thirty[0].unflatten(0, (30, 3))]
+                    ways += [made[:3] for made in many.fused(own.repeat(60, 1), [laid], depth, own=256)]
                 for made in ways:
                     error = (made.float().cpu() - wanted).norm() / wanted.expand(made.shape).norm()
                     if not error < WRONG:
@@ -93,10 +94,10 @@ def product(x: Float[Tensor, "T K"], weight: Tiles, depth: Int[Tensor, " T"] | i
     """`x` [T, K] in fp16 or bf16 by a weight in tiles, token t at `depth[t]` (from 1) or all at one depth."""
     tokens = x.shape[0]
     if tokens > MOST:
-        return many.product(x, weight, depth)
+        return many.product(x, [weight], depth)[0]
     group = Group([weight], [None])
     if not group.most():
-        return many.product(x, weight, depth)
+        return many.product(x, [weight], depth)[0]
     entries = 1 if isinstance(depth, int) else tokens
     tau = torch.full((entries,), float("-inf"), device=x.device)
     cap = torch.full((1,), depth, device=x.device) if isinstance(depth, int) else depth.long()

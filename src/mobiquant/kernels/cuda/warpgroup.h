@@ -39,33 +39,17 @@ DEVICE void copy_tile(u8 *to, const u8 *from, u32 bytes, Barrier *at) {
                  : "memory");
 }
 
-// Blocks of a cluster, which the launch makes, run at the same time and have their shared memory at the same places.
-DEVICE int rank_in_cluster() {
-    u32 rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return (int)rank;
-}
-// all threads of all blocks meet, in two parts: what they did before `come_to_cluster` is done after `wait_for_cluster`
+// Blocks of a cluster, which the launch makes, run at the same time and have their shared memory at the same places. All threads of
+// all blocks meet, in two parts: what they did before `come_to_cluster` is done after `wait_for_cluster`.
 DEVICE void come_to_cluster() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
-// with nothing done that others have to see but barriers that were shown: waits for no writes
-DEVICE void come_with_barriers() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
+// the same with nothing done but reads, whose values are known here: waits for no writes
+DEVICE void come_with_reads() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
 DEVICE void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 // where another block has what lies at this place here
 DEVICE u32 address_in(const void *at, int rank) {
     u32 there;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(at)), "r"(rank));
     return there;
-}
-// come to the barrier at this place in another block
-DEVICE void come_in(Barrier *at, int rank) {
-    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_in(at, rank)) : "memory");
-}
-// `copy_tile` to this place in all blocks of `mask`, which reports to the barrier at this place in each
-DEVICE void copy_to_all(u8 *to, const u8 *from, u32 bytes, Barrier *at, u16 mask) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
-        "l"(from), "r"(bytes), "r"(shared_address(at)), "h"(mask)
-        : "memory");
 }
 DEVICE FourFloats load_from(const float *at, int rank) {
     FourFloats to;
