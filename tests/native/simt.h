@@ -230,6 +230,10 @@ inline Two load_whole(const Two *from) { return *from; }
 inline void multiply_codes(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { simt::multiply<false>(c, a, b0, b1); }
 inline void multiply_bytes(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { simt::multiply<true>(c, a, b0, b1); }
 
+inline int dot_bytes(u32 a, u32 b, int sum) {
+    for (int i = 0; i < 32; i += 8) sum += (int)(signed char)(a >> i) * (int)(signed char)(b >> i);
+    return sum;
+}
 inline float reciprocal(float value) { return 1 / value; }
 inline float from_fp16(u16 v) { _Float16 h; std::memcpy(&h, &v, 2); return (float)h; }
 inline u16 to_fp16(float v) { const _Float16 h = (_Float16)v; u16 out; std::memcpy(&out, &h, 2); return out; }

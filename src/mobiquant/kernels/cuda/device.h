@@ -124,6 +124,9 @@ DEVICE void multiply_bytes(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// sum + the products of the four signed bytes of each word
+DEVICE int dot_bytes(u32 a, u32 b, int sum) { return __dp4a((int)a, (int)b, sum); }
+
 // to the last bit or two
 DEVICE float reciprocal(float value) {
     float out;

@@ -20,8 +20,9 @@
 // A launch begins while the one before it ends: its first weights are on their way before it waits for x.
 //
 // Set by the compiler's command line: BF16, GROUP, NT (tokens in fours), WARPS, PER (blocks that a processor has room for), RING
-// (bytes of a warp's tiles on their way), ROUTED (what routers are for, `score.h`), BASE (width of the base slice), PIECES, and for each
-// piece its WIDTHS (1 or 2 bits), DEPTHS (of the slice that it is part of) and ENDS (bits up to and with it).
+// (bytes of a warp's tiles on their way), ROUTED (what routers are for, `score.h`), MAKES (whether x may be made here, `stage.h`), BASE
+// (width of the base slice), PIECES, and for each piece its WIDTHS (1 or 2 bits), DEPTHS (of the slice that it is part of) and ENDS
+// (bits up to and with it).
 
 #include "device.h"
 #include "pieces.h"

@@ -183,13 +183,13 @@ class Group:
         """Tokens that a call takes, in as many launches as are needed; 0 where shared memory does not hold x of four."""
         return MOST if self.fits() else 0
 
-    def kernel(self, dtype: torch.dtype, tokens: int, name: str = "few") -> compiler.Kernel:
-        """The kernel for a dtype of activations and up to 4, 8 or 16 tokens, or the one before it, `bytes`."""
+    def kernel(self, dtype: torch.dtype, tokens: int, name: str = "few", makes: bool = False) -> compiler.Kernel:
+        """The kernel for a dtype of activations and up to 4, 8 or 16 tokens, one that `makes` x, or the one before, `bytes`."""
         # launches whose depths were decided before are one kernel, with routers or without: two would take turns in the cache
         # of instructions
         routed = OTHERS if self.given else ITSELF if self.routers else NOBODY
         how = int(dtype == torch.bfloat16), fours(tokens), *self.shape(tokens), routed if name == "few" else NOBODY
-        more = zip(("BF16", "NT", "WARPS", "PER", "RING", "BUFFERS", "ROUTED"), how, strict=True)
+        more = zip(("BF16", "NT", "WARPS", "PER", "RING", "BUFFERS", "ROUTED", "MAKES"), (*how, int(makes)), strict=True)
         return compiler.kernel(name, (*self.definitions, *more), self.device.index or 0)
 
     def __call__(
@@ -253,7 +253,9 @@ class Group:
                 -(-eights // (shape.warps * LANES)), shape.warps * LANES, p, overlap=True
             )
         memory = max(self.memory(tokens), self.limit // 2 + ALONE if alone else 0)
-        self.kernel(dtype, tokens).launch(blocks, shape.warps * LANES, p, memory, overlap=True)
+        # launches of a step are one kernel, whether they make x or not, as those whose depths were decided before are
+        makes = alone or p.input != PLAIN
+        self.kernel(dtype, tokens, makes=makes).launch(blocks, shape.warps * LANES, p, memory, overlap=True)
 
     def _share(self, blocks: int, shape: Shape) -> None:
         """Which blocks score and decide."""

@@ -17,6 +17,10 @@ constexpr float STEPS = 32512;
 #ifndef BUFFERS
 #define BUFFERS 2
 #endif
+// whether x may be made here: what never does is shorter
+#ifndef MAKES
+#define MAKES 0
+#endif
 // turns of a block whose base slice is asked for before the router has decided
 constexpr int FIRST_ROWS = 4;
 

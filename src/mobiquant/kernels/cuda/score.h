@@ -10,17 +10,14 @@
 // what ROUTED says: no routers, the first decides for this launch, or all decide for later ones
 constexpr int NOBODY = 0, ITSELF = 1, OTHERS = 2;
 
-// sum of the squares of eight columns, from their bytes
+// sum of the squares of eight columns, from their bytes: of 256 high + low
 DEVICE float energy_of_eight(const Params &p, const Shared &s, int eight, int token) {
-    const u8 *high = s.x + (u64)(2 * token) * x_stride(p) + place_of_eight(eight), *low = high + x_stride(p);
+    const u8 *at = s.x + (u64)(2 * token) * x_stride(p) + place_of_eight(eight);
+    const Two high = *(const Two *)at, low = *(const Two *)(at + x_stride(p));
     const float scale = s.groups[eight * 8 / GROUP * TOKENS + token].x;
-    float energy = 0;
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        const float v = scale * (float)((signed char)high[i] * 256 + (signed char)low[i]);
-        energy = fmaf(v, v, energy);
-    }
-    return energy;
+    const int highs = dot_bytes(high.y, high.y, dot_bytes(high.x, high.x, 0)), both = dot_bytes(high.y, low.y, dot_bytes(high.x, low.x, 0));
+    const int lows = dot_bytes(low.y, low.y, dot_bytes(low.x, low.x, 0));
+    return scale * scale * fmaf(65536.0f, (float)highs, fmaf(512.0f, (float)both, (float)lows));
 }
 
 // products of 32 hidden units with all tokens over this part of the columns, and the energy of x there, into `partial`

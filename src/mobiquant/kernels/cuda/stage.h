@@ -127,7 +127,7 @@ template <class Work> DEVICE void stage(const Params &p, const Shared &s, bool w
     constexpr int ahead = 4;
     static_assert(NORM_TURNS <= ahead, "all of x is here before the norm is known");
     const int lane = threadIdx.x % 32, own = threadIdx.x;
-    const bool makes = NT == 1 && p.input != PLAIN;
+    const bool makes = MAKES && p.input != PLAIN;
     Eight next = {own, 0}, at = next;
     Four loaded[ahead], other[ahead] = {};
 #pragma unroll
