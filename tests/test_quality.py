@@ -1,5 +1,6 @@
 """The comparison of quantisers: the real command on a tiny model, and its parts where no package of others is installed."""
 
+import contextlib
 import io
 import json
 import subprocess
@@ -259,6 +260,19 @@ def test_each_process_sees_its_own_device():
 def test_the_folder_runs_as_a_command():
     done = subprocess.run([sys.executable, str(HOME), "--help"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "Example: python benchmarks/quality" in done.stdout
+
+
+def test_what_a_recipe_says_goes_to_the_log_while_it_runs(tmp_path):
+    # ends once it has read back what it said
+    log = tmp_path / "log"
+    program = (
+        "import sys, time, pathlib; print('3/30 done', file=sys.stderr, flush=True)\n"
+        f"while '3/30' not in pathlib.Path({str(log)!r}).read_text(): time.sleep(0.05)\n"
+        "sys.exit('the last line')"
+    )
+    with log.open("w") as file, contextlib.redirect_stderr(file):
+        _, said, code = ours._timed([sys.executable, "-c", program], None)
+    assert code == 1 and said.splitlines() == ["3/30 done", "the last line"] == log.read_text().splitlines()
 
 
 def test_seconds_of_a_run_that_was_killed_count(tmp_path):

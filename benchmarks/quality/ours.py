@@ -11,6 +11,8 @@ import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
+from typing import IO
 
 from plan import Job, Settings
 
@@ -58,24 +60,37 @@ def quantize(settings: Settings, job: Job, device: str, work: Path) -> Made:
         if not going_on:
             clock.unlink(missing_ok=True)
     seconds, said, code = _timed([sys.executable, "-m", "mobiquant", *words, *last], clock)
-    print(said, file=sys.stderr)
     if code:
         raise InputError((said.strip().splitlines() or [f"exit code {code}"])[-1].removeprefix("mobiquant: "))
     return describe(folder, seconds)
 
 
 def _timed(words: list[str], clock: Path | None) -> tuple[float, str, int]:
-    """Seconds, stderr and exit code of a command; `clock` is a file that adds up the seconds of calls, killed ones too."""
+    """Seconds, stderr and exit code of a command; `clock` is a file that adds up the seconds of calls, killed ones too.
+
+    What the command says goes on to stderr line by line, so that the log of a long job can be followed.
+    """
     before = float(clock.read_text()) if clock is not None and clock.is_file() else 0.0
-    started, said = time.perf_counter(), None
+    started, said = time.perf_counter(), list[str]()
     with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        while said is None:
+        reader = Thread(target=_pass_on, args=(process.stderr, said))
+        reader.start()
+        ended = False
+        while not ended:
             with suppress(subprocess.TimeoutExpired):
-                _, said = process.communicate(timeout=TICK)
+                process.wait(TICK)
+                ended = True
             seconds = before + time.perf_counter() - started
             if clock is not None:
                 clock.write_text(f"{seconds:.3f}")
-    return seconds, said, process.returncode
+        reader.join()
+    return seconds, "".join(said), process.returncode
+
+
+def _pass_on(lines: IO[str], kept: list[str]) -> None:
+    for line in lines:
+        print(line, end="", file=sys.stderr, flush=True)
+        kept.append(line)
 
 
 def describe(folder: Path, seconds: float | None = None) -> Made:
