@@ -1,8 +1,8 @@
-"""Many tokens by one weight: tokens sorted by depth, dense products of those that have one.
+"""Many tokens by the weights of layers that read them: tokens sorted by depth, dense products of those that have one.
 
-On Hopper `many.cu` makes the weights on their way to the tensor cores. Elsewhere the weight is written out at each depth that
-occurs and torch multiplies. Depths stay on the device either way: `many.cu` finds the runs of tokens from how many read each
-depth, as do `grouped_mm` and `spread.cu`, which skips depths that no token reads.
+On Hopper `many.cu` makes the weights on their way to the tensor cores, of up to four layers in one launch. Elsewhere the weight
+is written out at each depth that occurs and torch multiplies. Depths stay on the device either way: `many.cu` finds the runs of
+tokens from how many read each depth, as do `grouped_mm` and `spread.cu`, which skips depths that no token reads.
 """
 
 import ctypes
@@ -19,8 +19,6 @@ from mobiquant.kernels.cuda.tiles import COLUMNS, LANES, Tiles, definitions, pie
 SLOTS, WARPS = 8, 8
 # of `many.cu`: rows and threads of a block, most stages, shared memory of a block; threads of `arrange.cu` and `order.cu`
 ROWS, THREADS, STAGES, MEMORY, ARRANGE_THREADS, ORDER_THREADS = 128, 384, 6, 227 << 10, 256, 256
-
-
 # stages that hide the way from memory
 LEAST_STAGES = 3
 # tokens of one depth up to which `fused` is faster: of more than four bits, and of fewer
@@ -202,13 +200,8 @@ def _arranged(x: Float[Tensor, "T K"], p: ctypes.Structure, own: int) -> Tensor:
     """x as `many.cu` wants it, in tiles of `own` tokens."""
     arrange = fused_parameters(len(p.members[0].pieces))[0]()
     laid = x.new_empty(p.runs.tiles, p.steps, own * COLUMNS)
-    arrange.runs, arrange.x, arrange.out, arrange.columns, arrange.steps = (
-        p.runs,
-        x.data_ptr(),
-        laid.data_ptr(),
-        x.shape[1],
-        p.steps,
-    )
+    arrange.runs, arrange.x, arrange.out = p.runs, x.data_ptr(), laid.data_ptr()
+    arrange.columns, arrange.steps = x.shape[1], p.steps
     made = compiler.kernel("arrange", _compiled_for(x, own), x.device.index or 0)
     made.launch(-(-p.runs.tiles * own * p.steps * 8 // ARRANGE_THREADS), ARRANGE_THREADS, arrange, overlap=True)
     return laid
