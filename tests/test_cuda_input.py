@@ -24,11 +24,13 @@ def device(request, monkeypatch):
 class Layers:
     """Layers of one input with a router each for this launch and for one to come, as a launch of its own input takes them."""
 
-    def __init__(self, device, columns, group, routed=False):
+    def __init__(self, device, columns, group, routed=False, change=lambda one: None):
         self.device, self.columns, self.depths = device, columns, len(SLICES)
         weights = [moved(packed(rows, columns, SLICES, group, seed), device) for seed, rows in enumerate((48, 33))]
         drawn = [random_router(columns, 16, self.depths - 1, seed) for seed in range(2 * routed)]
         self.routers = [router.Router(**{name: part.to(device) for name, part in vars(one).items()}) for one in drawn]
+        for one in self.routers:
+            change(one)
         laid_out = [tiles.prepare_router(one) for one in self.routers]
         self.group = few.Group([laid(weight) for weight in weights], [None, None], laid_out)
 
@@ -79,6 +81,25 @@ def test_routers_score_what_the_norm_made(device):
     for decided, score in zip(layers.group.depths, scores, strict=True):
         assert torch.equal(decided[:1].long(), router.depths(score, torch.tensor([tau], device=device), most))
     assert layers.same(made, layers.products(x, None, tau))
+
+
+@pytest.mark.parametrize("low", [112, -112, 0])
+def test_routers_take_the_size_of_x_from_both_of_its_bytes(device, low):
+    # whole numbers of 256 high + low: one column of each group the largest there is, the others alike
+    x = torch.full((1, 128), 256.0 * 100 + low, dtype=torch.float16, device=device)
+    x[0, ::64] = 256 * 127
+    size = x.float().square().mean().sqrt().log()
+
+    def change(one):
+        # scores that a thousandth of the size turns round
+        for part in vars(one).values():
+            part.zero_()
+        one.rms.fill_(1000), one.bias.fill_(float(1 - 1000 * size)), one.out[0].fill_(1 / 16)
+
+    layers = Layers(device, 128, 64, True, change)
+    for tau, depth in ((0.6, 2), (0.85, 1)):
+        layers.products(x, None, tau)
+        assert layers.group.depths[:, 0].tolist() == [depth, depth]
 
 
 def test_nan_in_what_is_added_reaches_the_products(device):
