@@ -178,6 +178,18 @@ def test_captured_steps_say_what_the_model_says(decoded):
         made.step(200)
 
 
+def test_a_step_does_without_one_launch_where_it_holds_fewer_layers(decoded, monkeypatch):
+    monkeypatch.setattr(few, "MEMBERS", 2)
+    ids = tiny.tokens(1, 12).clamp(max=199)
+    mobiquant.set_precision(decoded, 3.5)
+    made = captured.of(decoded, 20)
+    made.prefill(ids[:, :11])
+    block = decoded.model.layers[1]
+    assert not captured.in_one_launch((block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj))
+    assert captured.in_one_launch((block.mlp.gate_proj, block.mlp.up_proj))
+    assert snr_db(logits(decoded, ids)[0, 11], made.step(int(ids[0, 11])).cpu()) > 25
+
+
 def test_precision_set_between_two_steps_is_that_of_the_next(decoded):
     ids = tiny.tokens(1, 12)
     mobiquant.set_precision(decoded, 2, routed=False)

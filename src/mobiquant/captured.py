@@ -82,8 +82,8 @@ def _addresses(model: nn.Module) -> list[int]:
 
 
 def in_one_launch(layers: Sequence[Any]) -> bool:
-    """Whether quantised layers, in this order, are all that one launch makes of its input."""
-    return isinstance(layers[0], MobiLinear) and layers[0].members == tuple(layers)
+    """Whether layers are quantised ones, all that one launch makes of its input."""
+    return isinstance(layers[0], MobiLinear) and layers[0].are_at_once(layers)
 
 
 class Decoder:

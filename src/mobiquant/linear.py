@@ -8,7 +8,7 @@ Why ahead: a decision takes longer than the weights of a layer do. Made ahead, i
 their way before its input is there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -283,6 +283,10 @@ class MobiLinear(nn.Module):
         laid: Any = [layer._tiles for layer in self.members]
         made = many.product(x, laid, depth)
         return [y if own.bias is None else y + own.bias.to(y.dtype) for y, own in zip(made, self.members, strict=True)]
+
+    def are_at_once(self, layers: "Sequence[MobiLinear]") -> bool:
+        """Whether `at_once` of this layer makes these, in this order."""
+        return self.members == tuple(layers) and self._most() > 0
 
     def at_once(
         self, x: Float[Tensor, "1 K"], before: "Norm | Gate | None" = None, alone: bool = False
