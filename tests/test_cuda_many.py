@@ -57,8 +57,7 @@ def test_weights_made_on_their_way_are_those_of_the_reference(rows, columns, gro
     for d in range(1, len(slices) + 1):
         exact = weight.read(d).to(dtype).T[columns_of]
         assert torch.equal(made[depth == d], exact[depth == d])
-        # a kernel for each depth that all read: one of them is enough, and it takes long to compile
-        assert d != 2 or torch.equal(many.fused(x, [tile], d)[0], exact)
+        assert torch.equal(many.fused(x, [tile], d)[0], exact)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -140,14 +139,8 @@ def test_columns_are_shared_out_where_processors_are_left_over():
 
 def test_tiles_are_as_large_as_keeps_processors_busy():
     enough = many.LEAST_STAGES
-    assert [many.tile_for(tokens, 96, True, enough, 132) for tokens in (17, 64, 65, 128, 129, 512)] == [
-        64,
-        64,
-        128,
-        128,
-        256,
-        256,
-    ]
+    sizes = [many.tile_for(tokens, 96, True, enough, 132) for tokens in (17, 64, 65, 128, 129, 512)]
+    assert sizes == [64, 64, 128, 128, 256, 256]
     # 4096 rows: few blocks, so smaller tiles
     assert [many.tile_for(tokens, 32, True, enough, 132) for tokens in (128, 256, 512)] == [64, 128, 256]
     # depths that are mixed leave tiles unfilled; without enough stages nothing hides the way from memory

@@ -297,11 +297,6 @@ inline void wait_for_phase(Barrier *at, int number) {
         if (((int)at->phase & 1) == (number & 1)) simt::yield();
     }
 }
-template <int bytes> inline void copy_own(u8 *to, const u8 *from) {
-    if ((simt::state += 0x9e3779b9u) >> 31) std::memcpy(to, from, bytes);
-    simt::now->copies.push_back({to, from, bytes});
-}
-
 template <int count> inline void take_registers() {}
 template <int count> inline void leave_registers() {}
 // products with a matrix in shared memory are done at once

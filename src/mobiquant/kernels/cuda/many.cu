@@ -1,4 +1,5 @@
-// Many tokens by the weights of up to four layers that read the same input, on Hopper: weights are made in registers on their way to the tensor cores.
+// Many tokens by the weights of up to four layers that read the same input, on Hopper: weights are made in registers on their way to
+// the tensor cores.
 //
 // What: y_t = x_t read(q, depth_t)^T. The value of a weight is that of `slices.dequantize`: one rounding to fp32, one to the dtype
 // of the activations.

@@ -59,12 +59,6 @@ def spread(weight: Tiles, depths: range, dtype: torch.dtype, counts: Int[Tensor,
     return out
 
 
-def counts_of(depth: Int[Tensor, " T"], depths: int) -> Int[Tensor, " E"]:
-    """How many tokens read each depth, int32, on the device."""
-    counts = torch.zeros(depths, dtype=torch.int32, device=depth.device)
-    return counts.scatter_add_(0, depth.long() - 1, torch.ones_like(depth, dtype=torch.int32))
-
-
 def has_warpgroups(device: torch.device) -> bool:
     """Whether a GPU has the products that `many.cu` is made of."""
     return torch.cuda.get_device_capability(device) == compiler.HOPPER
@@ -212,12 +206,12 @@ def dense(x: Float[Tensor, "T K"], weights: Sequence[Tiles], depth: Int[Tensor, 
     if isinstance(depth, int):
         return [x @ spread(weight, range(depth, depth + 1), x.dtype)[0].T for weight in weights]
     every = len(weights[0].slices)
-    order, counts = depth.argsort(stable=True), counts_of(depth, every)
+    order, counts = order_of(depth, every)
     ends, sorted_x, made = counts.cumsum(0, dtype=torch.int32), x[order], []
     for weight in weights:
         spread_out = spread(weight, range(1, every + 1), x.dtype, counts)
         sorted_y = torch.nn.functional.grouped_mm(sorted_x, spread_out.transpose(1, 2), offs=ends)
-        made.append(torch.empty_like(sorted_y).index_copy_(0, order, sorted_y))
+        made.append(torch.empty_like(sorted_y).index_copy_(0, order.long(), sorted_y))
     return made
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from mobiquant import pack
 from mobiquant import slices as s
 from mobiquant.kernels.cuda import many
-from mobiquant.kernels.cuda.few import DTYPES, MOST, Group
+from mobiquant.kernels.cuda.few import DTYPES, Group
 from mobiquant.kernels.cuda.tiles import Tiles, prepare, unfit
 
 # the first with bf16 in its tensor cores
@@ -37,6 +37,13 @@ def missing(device: int) -> str:
     return ""
 
 
+def _few(x: Float[Tensor, "T K"], weight: Tiles, depth: Int[Tensor, " T"]) -> Float[Tensor, "T N"]:
+    """Few tokens by a weight, token t at `depth[t]` (from 1)."""
+    tau = torch.full_like(depth, float("-inf"), dtype=torch.float32)
+    nowhere = torch.zeros(len(depth), len(weight.slices), dtype=torch.float64, device=x.device)
+    return Group([weight], [None])(x, tau, depth, nowhere)[0]
+
+
 @cache
 def failing(slices: tuple[int, ...], group_size: int, dtype: torch.dtype, device: torch.device) -> str:
     """Why the kernels of a format are not to be used on a device, in words; empty where a small product comes out right.
@@ -59,7 +66,7 @@ def failing(slices: tuple[int, ...], group_size: int, dtype: torch.dtype, device
                 every = torch.full((3,), depth, device=device)
                 own = x.to(device)
                 # every way, whichever this shape would take
-                ways = [product(own, laid, every), *many.dense(own, [laid], depth)]
+                ways = [_few(own, laid, every), *many.dense(own, [laid], depth)]
                 if many.has_warpgroups(device):
                     # in a tile of few tokens, in one that is more than half full, and in one of most
                     for split in (1, 2):
@@ -88,18 +95,3 @@ def usable(x: Float[Tensor, "T K"], slices: tuple[int, ...], group_size: int, co
     if reason:
         _warn(reason)
     return not reason
-
-
-def product(x: Float[Tensor, "T K"], weight: Tiles, depth: Int[Tensor, " T"] | int) -> Float[Tensor, "T N"]:
-    """`x` [T, K] in fp16 or bf16 by a weight in tiles, token t at `depth[t]` (from 1) or all at one depth."""
-    tokens = x.shape[0]
-    if tokens > MOST:
-        return many.product(x, [weight], depth)[0]
-    group = Group([weight], [None])
-    if not group.most():
-        return many.product(x, [weight], depth)[0]
-    entries = 1 if isinstance(depth, int) else tokens
-    tau = torch.full((entries,), float("-inf"), device=x.device)
-    cap = torch.full((1,), depth, device=x.device) if isinstance(depth, int) else depth.long()
-    nowhere = torch.zeros(max(entries, 1), len(weight.slices), dtype=torch.float64, device=x.device)
-    return group(x, tau, cap, nowhere)[0]
