@@ -316,16 +316,34 @@ def test_a_killed_run_ends_with_the_same_bytes(tmp_path, undisturbed, monkeypatc
 
     dying.left = saves
     monkeypatch.setattr(work.Work, "save", dying)
-    monkeypatch.setattr(distill, "SAVE_EVERY", 4)
+    monkeypatch.setattr(distill, "LOG_EVERY", 4)
+    monkeypatch.setattr(work, "SPARE", 0)
     with pytest.raises(Killed):
         full(tmp_path, work_dir=tmp_path / "work")
     monkeypatch.undo()
     made = full(tmp_path, work_dir=tmp_path / "work", resume=True)
     made.save_pretrained(tmp_path / "out")
     ours, theirs = folder_bytes(tmp_path / "out"), folder_bytes(undisturbed[0])
-    # the log tells at which steps work was kept, which the kill changed
+    # the log has losses of every so many steps, of fewer in the killed run
     ours.pop("training_log.json"), theirs.pop("training_log.json")
     assert ours == theirs
+
+
+def test_work_that_goes_on_is_not_kept_more_often_than_writing_it_is_worth(tmp_path, monkeypatch):
+    clock, kept = [100.0], []
+
+    def slow(self, name, values, note):
+        clock[0] += 3.0
+        kept.append(note)
+
+    monkeypatch.setattr(work.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(work.Work, "save", slow)
+    folder = work.Work(None, {}, False)
+    for step in range(200):
+        folder.keep("distillation", dict, step)
+        clock[0] += 1.0
+    # at once, then 60 seconds after the end of each
+    assert kept == [0, 60, 120, 180]
 
 
 @pytest.mark.parametrize(

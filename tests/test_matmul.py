@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mobiquant import slices as s
-from mobiquant.matmul import Packed, matmul, reference
+from mobiquant.matmul import Packed, exact, matmul, reference
 
 # rounding of x, weight and result to the dtype, with room
 LEAST_DB = {torch.float32: 110, torch.float16: 55, torch.bfloat16: 38}
@@ -128,3 +128,11 @@ def test_planes_read_like_codes(slices):
     code = s.encode(full, weight.scale, weight.zero, slices, 16)
     for d in range(1, len(slices) + 1):
         assert torch.equal(weight.read(d), s.read(code, weight.scale, weight.zero, slices, 16, d))
+
+
+def test_tokens_of_several_depths_under_autocast():
+    weight, x, depth = packed(), inputs(20), depths_of(20, 5)
+    with exact(), torch.autocast("cpu", torch.bfloat16):
+        made = [matmul(x, weight, d) for d in (depth, 2)]
+    assert [y.dtype for y in made] == [torch.bfloat16] * 2
+    assert snr_db(reference(x, weight, depth), made[0]) > LEAST_DB[torch.bfloat16]

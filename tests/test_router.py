@@ -143,3 +143,10 @@ def test_sizes_are_those_of_the_tensors(columns, hidden, outputs):
     for name, tensor in vars(r).items():
         assert told[name] == (tuple(tensor.shape), tensor.dtype)
     assert router.stored_bits(columns, hidden, outputs) == sum(8 * t.nbytes for t in vars(r).values())
+
+
+def test_scores_are_exact_under_autocast():
+    x, one = case()
+    plain = router.scores(x, one)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(router.scores(x, one), plain)

@@ -6,7 +6,7 @@ input when one tensor is handed to both while a block runs. No table of architec
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +53,11 @@ def replace(root: nn.Module, name: str, new: nn.Module) -> None:
     """Put a module in the place of the submodule of that dotted name."""
     parent, _, leaf = name.rpartition(".")
     setattr(root.get_submodule(parent), leaf, new)
+
+
+def lower(device: torch.device) -> AbstractContextManager[Any]:
+    """Blocks run in bf16 on CUDA inside; weights are cast anew each time, since a cast kept would be one of another depth."""
+    return torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if device.type == "cuda" else nullcontext()
 
 
 class _Stop(Exception):

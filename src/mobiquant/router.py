@@ -75,11 +75,12 @@ def scores(x: Float[Tensor, "T K"], router: Router) -> Float32[Tensor, "T R"]:
 
 
 def scores_of_all(x: Float[Tensor, "T K"], routers: Sequence[Router]) -> list[Float32[Tensor, "T R"]]:
-    """`scores` by several routers that read the same input."""
+    """`scores` by several routers that read the same input; in fp32 under autocast too."""
     if not routers:
         return []
-    f, log_rms = features(x)
-    return [outputs(f @ one.weight.float().T, log_rms, one) for one in routers]
+    with torch.autocast(x.device.type, enabled=False):
+        f, log_rms = features(x)
+        return [outputs(f @ one.weight.float().T, log_rms, one) for one in routers]
 
 
 def outputs(projected: Float[Tensor, "T h"], log_rms: Float[Tensor, "T 1"], router: Router) -> Float32[Tensor, "T R"]:

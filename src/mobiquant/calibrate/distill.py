@@ -27,7 +27,7 @@ from mobiquant.config import Format, Training
 from mobiquant.progress import Report, by_width
 
 NAME = "distillation"
-SAVE_EVERY = 50
+LOG_EVERY = 50
 # fp32 weight, gradient and two moments, and what reading it makes on the way
 BYTES_PER_WEIGHT = 24
 # where losses are kept by width, that of mixed depths
@@ -70,7 +70,7 @@ def distill(
     weights: bool,
     progress: Report,
 ) -> list[dict[str, Any]]:
-    """Train the latents of the student, both models on one device; returns the losses of each save. Goes on from `work`."""
+    """Train the latents of the student, both models on one device; returns the losses, now and then. Goes on from `work`."""
     device, draws, steps = windows.device, Draws.of(form.widths), training.distill_steps
     for latent in latents.values():
         latent.position.requires_grad_(weights)
@@ -100,11 +100,12 @@ def distill(
             for name, loss in zip(names, losses, strict=True):
                 sums.setdefault(name, []).append(loss)
                 recent[name] = loss if name not in recent else 0.9 * recent[name] + 0.1 * loss
-            if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+            if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
                 means = {MIXES if w == MIXED else str(w): round(sum(v) / len(v), 5) for w, v in sorted(sums.items())}
                 log.append({"step": step + 1, "kl": means, "weights": weights})
                 sums.clear()
-                work.save(NAME, lambda: {**tensors(latents), **_moments(optimizer)}, {"step": step + 1, "log": log})
+                keep = work.save if step + 1 == steps else work.keep
+                keep(NAME, lambda: {**tensors(latents), **_moments(optimizer)}, {"step": step + 1, "log": log})
             shown = {width: loss for width, loss in recent.items() if width != MIXED}
             progress("training end to end", step + 1, steps, f"KL {by_width(shown)}")
     return log

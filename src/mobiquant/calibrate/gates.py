@@ -20,7 +20,6 @@ from torch.nn.functional import cross_entropy, linear
 
 from mobiquant import blocks, checkpoint, router
 from mobiquant.calibrate import routers
-from mobiquant.calibrate.latent import lower
 from mobiquant.calibrate.passes import Pair, divergence
 from mobiquant.config import Checkpoint, Format
 from mobiquant.linear import MobiLinear, mobilinears
@@ -160,9 +159,9 @@ class Routed:
         `text` is the share of the gradient of a divergence that is that of the text itself, `-log p(next token)`.
         """
         self.begin(step)
-        with torch.no_grad(), lower(tokens.device):
+        with torch.no_grad(), blocks.lower(tokens.device):
             wanted = self.pair.teacher(tokens, use_cache=False).logits.flatten(0, 1)
-        with lower(tokens.device):
+        with blocks.lower(tokens.device):
             logits = self.pair.student(tokens, use_cache=False).logits.flatten(0, 1)
         each = divergence(logits, wanted).view(tokens.shape).mean(1)
         if text:

@@ -11,9 +11,7 @@ The start are codes: a position is the centre of the finest cell of its code. `p
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -49,11 +47,6 @@ def read(
     position = weight / scale + shift
     for depth in depths:
         yield scale * (centre(position, form, depth) - shift)
-
-
-def lower(device: torch.device) -> AbstractContextManager[Any]:
-    """Products in bf16 on CUDA; weights are cast anew each time, since a cast kept would be one of another depth."""
-    return torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if device.type == "cuda" else nullcontext()
 
 
 class Depth:

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mobiquant import blocks
-from mobiquant.calibrate.latent import Depth, LatentLinear, load_tensors, lower, open_latents, project, tensors
+from mobiquant.calibrate.latent import Depth, LatentLinear, load_tensors, open_latents, project, tensors
 from mobiquant.calibrate.streams import FLOAT, Reading, Stage, Streams, fixed
 from mobiquant.calibrate.work import Work
 from mobiquant.config import Format, Training
@@ -149,7 +149,7 @@ def train_block(stage: NestedStage, streams: Streams, form: Format, training: Tr
             batch = torch.randperm(streams.count, generator=generator)[: training.block_batch].sort().values
             hidden = streams.hidden[reading_of(depth, form)]
             with torch.enable_grad():
-                with lower(stage.device):
+                with blocks.lower(stage.device):
                     made = stage.run(fixed(depth), hidden[batch.to(hidden.device)])
                 loss = relative_error(made.float(), wanted[batch.to(wanted.device)].to(stage.device))
                 optimizer.zero_grad()

@@ -21,7 +21,7 @@ from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
 from mobiquant import blocks, kernels
-from mobiquant.calibrate.latent import Depth, LatentLinear, lower
+from mobiquant.calibrate.latent import Depth, LatentLinear
 from mobiquant.config import Format
 
 WARM_UP = 2
@@ -72,7 +72,7 @@ class Passes:
     def teach(self, tokens: Int[Tensor, "S L"]) -> None:
         """Predict a batch with the float model."""
         self.tokens = tokens
-        with lower(tokens.device):
+        with blocks.lower(tokens.device):
             logits = self.teacher(tokens, use_cache=False).logits
         self.wanted = logits.flatten(0, 1)
 
@@ -80,7 +80,7 @@ class Passes:
     def learn(self, depth: int | Sequence[int]) -> Float[Tensor, ""]:
         """Add the gradients of the batch read at a depth, or at one for each place; returns the divergence in nats a token."""
         self.depth.value = depth
-        with lower(self.tokens.device):
+        with blocks.lower(self.tokens.device):
             logits = self.student(self.tokens, use_cache=False).logits
         mean = divergence(logits.flatten(0, 1), self.wanted).mean()
         powered(mean, self.power).backward()
@@ -175,7 +175,7 @@ def steady(model: nn.Module, stack: nn.ModuleList, tokens: Int[Tensor, "S L"], f
     try:
         for index, block in enumerate(stack):
             block.forward = recording(index)
-        with torch.no_grad(), lower(tokens.device):
+        with torch.no_grad(), blocks.lower(tokens.device):
             model(tokens, use_cache=False)
         for index, block in enumerate(stack):
             block.forward = steadied(index)

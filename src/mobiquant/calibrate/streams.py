@@ -3,7 +3,7 @@
 A stream is named by its reading `(tau, cap)`, the pair that `linear.Precision` takes, or by `FLOAT`. Streams of low depth let a
 layer be fitted to the inputs it will get, which at 2 bits differ much from those of the float model. Activations rest in
 fp32, [S, L, D] for each stream, on the device while they take a small part of it, else on the host; one block is on the
-device at a time.
+device at a time. On CUDA a block works in bf16, as it will when it is used: attention in fp32 took most of the time there.
 """
 
 from collections.abc import Iterable, Iterator
@@ -88,8 +88,9 @@ class Stage:
         return self.student
 
     def run(self, reading: Reading, hidden: Float[Tensor, "S L D"]) -> Float[Tensor, "S L D"]:
-        """Outputs of the block for a batch, on the device."""
-        return self.calls.run(self.module(reading), self.index, hidden.to(self.device))
+        """Outputs of the block for a batch, fp32 on the device."""
+        with blocks.lower(self.device):
+            return self.calls.run(self.module(reading), self.index, hidden.to(self.device)).float()
 
     def groups(self, hidden: Float[Tensor, "S L D"]) -> list[list[str]]:
         """Linear layers of the block, those that read the same input together, in running order."""
@@ -104,11 +105,11 @@ class Stage:
         return self.first.sample, (owner, False)
 
     def inputs(self, reading: Reading, hidden: Float[Tensor, "S L D"], name: str) -> Float[Tensor, "T K"]:
-        """What the layer `name` reads for a batch."""
+        """What the layer `name` reads for a batch, fp32."""
         seen: list[Tensor] = []
         with blocks.watch_inputs(self.module(reading), [name], lambda _, x: seen.append(x), last=name):
             self.run(reading, hidden)
-        return seen[0].flatten(0, -2)  # [S, L, K] -> [T, K]
+        return seen[0].flatten(0, -2).float()  # [S, L, K] -> [T, K]
 
 
 def resting_place(size: int, device: torch.device) -> torch.device:

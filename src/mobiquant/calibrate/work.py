@@ -7,6 +7,7 @@ A stage draws its randomness from generators seeded by its place and step, never
 
 import json
 import os
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,8 @@ from torch import Tensor
 from mobiquant.config import InputError
 
 PLAN = "plan.json"
+# after work that goes on was kept, it is not kept again for this many times as long as that took
+SPARE = 20
 
 
 def digest(tensors: dict[str, Tensor]) -> str:
@@ -37,6 +40,8 @@ class Work:
     def __init__(self, folder: Path | None, plan: dict[str, Any], resume: bool):
         """Start or go on; raises InputError where the folder holds another run, or one that `resume` was not asked for."""
         self.folder = folder
+        # when work that goes on is worth keeping again
+        self._due = 0.0
         if folder is None:
             if resume:
                 raise InputError("resume needs the folder of the run to go on with: give --work-dir")
@@ -81,6 +86,14 @@ class Work:
         """Keep tensors and a JSON note under a name, in place of what was there; `values` is called only where a folder is."""
         if self.folder is not None:
             self._write(f"{name}.safetensors", save(values(), {"note": json.dumps(note)}))
+
+    def keep(self, name: str, values: Callable[[], dict[str, Tensor]], note: Any) -> None:
+        """`save` what is not finished, unless writing it would take more than its share of the time (`SPARE`)."""
+        begun = time.monotonic()
+        if begun >= self._due:
+            self.save(name, values, note)
+            ended = time.monotonic()
+            self._due = ended + SPARE * (ended - begun)
 
     def load(self, name: str) -> tuple[dict[str, Tensor], Any] | None:
         """What was kept under a name, or None."""
