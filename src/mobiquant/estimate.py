@@ -126,7 +126,8 @@ def _work(
     skeleton: nn.Module, stack: nn.ModuleList, groups: list[list[str]], form: Format, settings: Calibration,
     device: torch.device,
 ) -> dict[str, float]:  # fmt: skip
-    """Bytes of streams and of one block in work; products in FLOP, columns, and rows times columns over all blocks."""
+    """Bytes of streams and of one block in work; products in FLOP, those of training apart, columns, and rows times columns
+    over all blocks."""
     tokens = (settings.samples or 0) * (settings.sequence_length or 0)
     streams = len({"fast": calibrate.fast, "paper": calibrate.paper, "full": nested}[settings.recipe].readings(form))
     width = skeleton.get_input_embeddings().weight.shape[1]  # type: ignore[operator, union-attr]
@@ -150,6 +151,7 @@ def _work(
         "streams": 4.0 * width * (tokens * (streams + 1) + measured),
         "block": 3 * 4.0 * weights + largest + 4.0 * batch * 8 * width,
         "flop": len(stack) * (flop + measured * 2 * weights),
+        "trained": 0.0,
         "columns": len(stack) * columns * (settings.sweeps or 0),
         "weights": len(stack) * weights,
     }
@@ -166,10 +168,10 @@ def _add_training(
     parameters = sum(p.numel() for p in {id(p): p for p in skeleton.parameters()}.values())
     length, depths = settings.sequence_length or 0, min(training.passes_per_step, len(form.slices) + training.mixed)
     steps = full.block_steps(training, int(work["weights"]), device)
-    work["flop"] += 6 * steps * training.block_batch * length * work["weights"]
     tokens = training.distill_batch * length
-    work["flop"] += 2 * training.distill_steps * tokens * parameters * (3 * depths + 1)
-    work["flop"] += 2 * training.routing_steps * tokens * (3 * len(form.slices) * work["weights"] + parameters)
+    work["trained"] = 6 * steps * training.block_batch * length * work["weights"]
+    work["trained"] += 2 * training.distill_steps * tokens * parameters * (3 * depths + 1)
+    work["trained"] += 2 * training.routing_steps * tokens * (3 * len(form.slices) * work["weights"] + parameters)
     if training.distill_steps:
         # both models, gradients, moments; what a pass keeps of logits and blocks, fitted to 25 GB measured on an H200
         vocabulary, width = skeleton.get_input_embeddings().weight.shape  # type: ignore[operator, union-attr]
@@ -178,19 +180,26 @@ def _add_training(
 
 
 def _seconds(work: dict[str, float], device: torch.device) -> float:
-    """Products at the rate measured now, plus what goes by the weight and, in a descent without kernels, by the column."""
-    a, b = torch.randn(1024, 1024, device=device), torch.randn(1024, 1024, device=device)
+    """Products at rates measured now, plus what goes by the weight, and in a descent by the column."""
+    rate = _rate(1024, torch.float32, device)
+    if device.type != "cpu":
+        # measured on an H200: a block of 64 columns is one launch; training reaches a fifth of the rate of a large product
+        trained = work["trained"] / (0.2 * _rate(4096, torch.bfloat16, device)) if work["trained"] else 0.0
+        return work["flop"] / rate + trained + work["columns"] * 1.5e-5 + work["weights"] * 1e-8 + 15
+    # measured: fifteen small operations a column; element-wise work of clip and routers by the weight; attention is not counted
+    columns = 0.0 if library.available() else work["columns"] * 2.5e-4
+    return 1.25 * (work["flop"] + work["trained"]) / rate + columns + work["weights"] * 5e-7 + 15
+
+
+def _rate(size: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Operations a second in the product of two square matrices."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = math.inf
     for _ in range(5):
         started = time.perf_counter()
         (a @ b).sum().item()
         best = min(best, time.perf_counter() - started)
-    products = work["flop"] * best / 2**31
-    if device.type != "cpu":
-        return products + work["columns"] * 2.5e-4 + work["weights"] * 1e-8 + 15
-    # measured: fifteen small operations a column; element-wise work of clip and routers by the weight; attention is not counted
-    columns = 0.0 if library.available() else work["columns"] * 2.5e-4
-    return 1.25 * products + columns + work["weights"] * 5e-7 + 15
+    return 2 * size**3 / best
 
 
 def _used() -> float:
