@@ -38,9 +38,8 @@ def folder(tmp_path_factory, all_cores):
 
 
 @pytest.fixture(scope="module")
-def windows():
-    tokenizer = integration.load_tokenizer(integration.DEMO_MODEL)
-    return data.windows(data.load_text("builtin", "measure"), tokenizer, 256, "builtin")[:1]
+def windows(floating):
+    return data.windows(data.load_text("builtin", "measure"), floating[1], 256, "builtin")[:1]
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +48,20 @@ def model(folder):
 
 
 @pytest.fixture(scope="module")
-def reference():
-    """The float model; its file is parsed once, and the package that does so is left as it was."""
+def floating():
+    """The float model and its tokenizer; their file is parsed once, and the package that does so is left as it was."""
     parsed, reader = [], gguf.GGUFReader
     with pytest.MonkeyPatch.context() as patch:
         counting = lambda *given: parsed.append(given) or reader(*given)  # noqa: E731
         patch.setattr(gguf, "GGUFReader", counting)
-        made = integration.load_float(integration.DEMO_MODEL, torch.float32)
+        made = integration.load_float_and_tokenizer(integration.DEMO_MODEL, torch.float32)
         assert len(parsed) == 1 and gguf.GGUFReader is counting
     return made
+
+
+@pytest.fixture(scope="module")
+def reference(floating):
+    return floating[0]
 
 
 def test_the_wheel_of_the_model_is_installed():

@@ -26,7 +26,7 @@ PROMPT = "The capital of France is"
 
 def demo(output: Path, progress: Report) -> dict[str, Any]:
     """Run the demonstration and fill the folder `output`; returns rows, continuations and paths."""
-    made, tokenizer = integration.load_float(integration.DEMO_MODEL), integration.load_tokenizer(integration.DEMO_MODEL)
+    made, tokenizer = integration.load_float_and_tokenizer(integration.DEMO_MODEL)
     original = deepcopy(made).float()
     started = time.perf_counter()
     calibrate.quantize(made, tokenizer=tokenizer, format=Format(group_size=GROUP), progress=progress)

@@ -113,6 +113,12 @@ def load_float(model: str | Path, dtype: Any = "auto") -> PreTrainedModel:
     return loaded.eval()
 
 
+def load_float_and_tokenizer(model: str | Path, dtype: Any = "auto") -> tuple[PreTrainedModel, Any]:
+    """`load_float` and `load_tokenizer`; a GGUF file, whose vocabulary takes seconds, is parsed once for both."""
+    with _parsed_once():
+        return load_float(model, dtype), load_tokenizer(model)
+
+
 def check_float(model: PreTrainedModel, name: str | Path) -> None:
     """Raise InputError for a model that is quantised already, or a weight that is not finite."""
     if getattr(model, "hf_quantizer", None) is not None:

@@ -66,8 +66,10 @@ def quantize(
             raise InputError("a loaded model needs its tokenizer to read calibration text: give tokenizer=")
         integration.check_float(model, model.name_or_path)
         loaded = model
+    elif tokenizer is None:
+        loaded, tokenizer = integration.load_float_and_tokenizer(model)
     else:
-        loaded, tokenizer = integration.load_float(model), tokenizer or integration.load_tokenizer(model)
+        loaded = integration.load_float(model)
     every = data.windows_of_all(texts, tokenizer, chosen.sequence_length or 0)
     tokens = data.sample(every, chosen.samples or 0, chosen.seed)
     # codes, routers and thresholds are fitted to what is stored, not to how one backend rounds activations
