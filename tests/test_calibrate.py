@@ -263,3 +263,13 @@ def test_windows_of_several_texts_are_drawn_alike(tmp_path):
     assert made_from["tokens"] == 96 and made_from["text"] == "a.txt + b.txt"
     with pytest.raises(InputError, match=r"c\.txt"):
         mobiquant.quantize(tiny.model(), tokenizer=tiny.tokenizer(), calibration=[str(texts[0]), "c.txt"], **settings)
+
+
+def test_progress_names_every_stage_from_its_start_to_its_end(tmp_path):
+    seen = []
+    tiny.quantize(tmp_path, progress=lambda stage, done, total, note="": seen.append((stage, done, total)))
+    assert list(dict.fromkeys(stage for stage, _, _ in seen)) == [
+        "loading model and text", "reading the model", "quantising blocks", "measuring thresholds"
+    ]  # fmt: skip
+    assert seen[:2] == [("loading model and text", 0, 1), ("loading model and text", 1, 1)]
+    assert seen[-1] == ("measuring thresholds", 2, 2)

@@ -61,19 +61,13 @@ def quantize(
     names = [calibration] if isinstance(calibration, str) else list(calibration)
     chosen = Calibration(recipe=recipe, text=BETWEEN.join(names), **settings).resolved(form.slices, target.type == "cpu")
     texts = {name: data.load_text(name, "calibrate") for name in names}
-    if isinstance(model, PreTrainedModel):
-        if tokenizer is None:
-            raise InputError("a loaded model needs its tokenizer to read calibration text: give tokenizer=")
-        integration.check_float(model, model.name_or_path)
-        loaded = model
-    elif tokenizer is None:
-        loaded, tokenizer = integration.load_float_and_tokenizer(model)
-    else:
-        loaded = integration.load_float(model)
-    every = data.windows_of_all(texts, tokenizer, chosen.sequence_length or 0)
-    tokens = data.sample(every, chosen.samples or 0, chosen.seed)
     # codes, routers and thresholds are fitted to what is stored, not to how one backend rounds activations
     with matmul.exact(), nullcontext(progress) if progress else bars() as report:
+        report("loading model and text", 0, 1)
+        loaded, tokenizer = _float(model, tokenizer)
+        every = data.windows_of_all(texts, tokenizer, chosen.sequence_length or 0)
+        tokens = data.sample(every, chosen.samples or 0, chosen.seed)
+        report("loading model and text", 1, 1)
         if recipe != "full":
             stored, log = run(loaded, tokens, form, chosen, target, report)
         else:
@@ -85,6 +79,16 @@ def quantize(
             stored, log = _run_full(loaded, every, tokens, form, chosen, how, target, kept, started, tokenizer, report)
     quantizer.make_quantized(loaded, stored, tokenizer, log)
     return loaded
+
+
+def _float(model: str | Path | PreTrainedModel, tokenizer: Any) -> tuple[PreTrainedModel, Any]:
+    """The float model and the tokenizer that go by a name, or those that are given."""
+    if not isinstance(model, PreTrainedModel):
+        return (integration.load_float(model), tokenizer) if tokenizer else integration.load_float_and_tokenizer(model)
+    if tokenizer is None:
+        raise InputError("a loaded model needs its tokenizer to read calibration text: give tokenizer=")
+    integration.check_float(model, model.name_or_path)
+    return model, tokenizer
 
 
 def _run_full(
