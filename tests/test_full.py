@@ -384,6 +384,14 @@ def test_a_work_folder_is_not_taken_by_mistake(tmp_path, undisturbed):
     assert not (tmp_path / "new").exists() and len(list((tmp_path / "mine").iterdir())) == 1
 
 
+def test_a_wrong_work_folder_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "load_text", lambda *_: pytest.fail("text was read"))
+    with pytest.raises(InputError, match="give --work-dir"):
+        full(tmp_path, resume=True)
+    with pytest.raises(InputError, match="holds no run to resume"):
+        full(tmp_path, work_dir=tmp_path / "new", resume=True)
+
+
 def test_scales_alone_are_trained_where_weights_do_not_fit(tmp_path, undisturbed, monkeypatch, capsys):
     monkeypatch.setattr(distill, "free_memory", lambda device: 1000)
     made = full(tmp_path, replace(SHORT, block_steps=0, scale_rate=1e-2))

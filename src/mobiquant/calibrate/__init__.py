@@ -55,6 +55,8 @@ def quantize(
     started = time.monotonic()
     if recipe != "full" and (training or work_dir or resume):
         raise InputError(f"recipe '{recipe}' has no training to keep or go on with: use recipe full")
+    # before anything takes time
+    work.check(None if work_dir is None else Path(work_dir), resume)
     form, target = format or Format(routers=default_routers(recipe)), pick_device(device)
     if recipe == "paper" and form.routers == "per-block":
         raise InputError("recipe paper trains routers block by block: give it routers per-input or per-linear")

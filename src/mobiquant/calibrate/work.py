@@ -34,30 +34,37 @@ def digest(tensors: dict[str, Tensor]) -> str:
     return f"{total:08x}"
 
 
+def check(folder: Path | None, resume: bool) -> None:
+    """Raise InputError where a run cannot start in a folder, or none can be gone on with there."""
+    if folder is None:
+        if resume:
+            raise InputError("resume needs the folder of the run to go on with: give --work-dir")
+        return
+    known = (folder / PLAN).is_file()
+    if known and not resume:
+        raise InputError(f"'{folder}' holds a run already: go on with --resume, or give another --work-dir")
+    if resume and not known:
+        raise InputError(f"'{folder}' holds no run to resume: leave out --resume to start one there")
+    if not known and folder.is_dir() and any(folder.iterdir()):
+        raise InputError(f"'{folder}' is not empty and holds no run: give another --work-dir")
+
+
 class Work:
     """A work folder; with `folder` None nothing is kept and nothing is found."""
 
     def __init__(self, folder: Path | None, plan: dict[str, Any], resume: bool):
         """Start or go on; raises InputError where the folder holds another run, or one that `resume` was not asked for."""
+        check(folder, resume)
         self.folder = folder
         # when work that goes on is worth keeping again
         self._due = 0.0
         if folder is None:
-            if resume:
-                raise InputError("resume needs the folder of the run to go on with: give --work-dir")
             return
         # as it will be read back
         plan = json.loads(json.dumps(plan))
-        known = folder / PLAN
-        if known.is_file():
-            if not resume:
-                raise InputError(f"'{folder}' holds a run already: go on with --resume, or give another --work-dir")
-            self._compare(json.loads(known.read_text()), plan)
-            return
         if resume:
-            raise InputError(f"'{folder}' holds no run to resume: leave out --resume to start one there")
-        if folder.is_dir() and any(folder.iterdir()):
-            raise InputError(f"'{folder}' is not empty and holds no run: give another --work-dir")
+            self._compare(json.loads((folder / PLAN).read_text()), plan)
+            return
         folder.mkdir(parents=True, exist_ok=True)
         self._write(PLAN, json.dumps(plan, indent=1).encode())
 
