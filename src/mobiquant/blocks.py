@@ -72,11 +72,13 @@ class Calls:
     kwargs: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self, block: nn.Module, index: int, hidden: Float[Tensor, "S L D"]) -> Float[Tensor, "S L D"]:
-        """Hidden states of a batch of sequences after `block`, called as the model calls its block `index`."""
+        """Hidden states of a batch of sequences after `block`, called as the model calls its block `index`: fp32, but made in
+        bf16 on CUDA (`lower`)."""
         args = [like(value, hidden) for value in self.args[index]]
         kwargs = {key: like(value, hidden) for key, value in self.kwargs[index].items()}
-        out = block(hidden, *args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        with lower(hidden.device):
+            out = block(hidden, *args, **kwargs)
+        return (out[0] if isinstance(out, tuple) else out).float()
 
 
 def like(value: Any, hidden: Tensor) -> Any:

@@ -195,12 +195,13 @@ def evaluate(
     quantised = integration.is_quantized(model)
     if quantised:
         loaded: Any = mobiquant.load(model, max_bits=max_bits, device=target, dtype=dtype)
+        tokenizer = integration.load_tokenizer(model)
         for b in chosen:
             with mobiquant.precision(loaded, b, routed=not fixed):
                 pass
     else:
-        loaded = integration.load_float(model, dtype).to(target)  # type: ignore[arg-type]
-    tokenizer = integration.load_tokenizer(model)
+        loaded, tokenizer = integration.load_float_and_tokenizer(model, dtype)
+        loaded = loaded.to(target)
     how = matmul.exact() if exact else nullcontext()
     if tasks is not None:
         names = [name.strip() for name in tasks.split(",")]

@@ -100,6 +100,12 @@ def matmul(x: Float[Tensor, "T K"], weight: Packed, depth: Int[Tensor, " T"] | i
     return dense(x, weight, depth)
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a product with `x`: its own, or that of autocast."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def dense(x: Float[Tensor, "T K"], weight: Packed, depth: Int[Tensor, " T"] | int) -> Float[Tensor, "T N"]:
     """`matmul` by torch operators."""
     if isinstance(depth, int):
@@ -107,18 +113,14 @@ def dense(x: Float[Tensor, "T K"], weight: Packed, depth: Int[Tensor, " T"] | in
     present = torch.unique(depth).tolist()
     if len(present) == 1:
         return x @ weight.read(present[0]).to(x.dtype).T
+    y = x.new_empty(x.shape[0], weight.scale.shape[0], dtype=product_dtype(x))
     if not present:
-        return x.new_empty(0, weight.scale.shape[0])
+        return y
     deepest = present[-1]
     code = pack.unpack(weight.planes[:deepest], weight.columns)
     kept = weight.slices[:deepest]
-    made: Tensor | None = None
     for d in present:
         w = s.read(code, weight.scale, weight.zero, kept, weight.group_size, d).to(x.dtype)
         tokens = (depth == d).nonzero()[:, 0]
-        y = x[tokens] @ w.T
-        # under autocast products are of another dtype than `x`
-        made = y.new_empty(x.shape[0], y.shape[1]) if made is None else made
-        made[tokens] = y
-    assert made is not None
-    return made
+        y[tokens] = x[tokens] @ w.T
+    return y

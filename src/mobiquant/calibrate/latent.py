@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from mobiquant import blocks, kernels, pack
+from mobiquant import blocks, kernels, matmul, pack
 from mobiquant import slices as s
 from mobiquant.config import Format
 from mobiquant.kernels import operators
@@ -120,9 +120,7 @@ class LatentLinear(nn.Module):
         return (s.expand(scale, form.group_size, columns) * level).to(dtype)
 
     def forward(self, x: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch N"]:
-        lowered = torch.is_autocast_enabled(x.device.type)
-        weight = self.weight(torch.get_autocast_dtype(x.device.type) if lowered else x.dtype)
-        return linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+        return linear(x, self.weight(matmul.product_dtype(x)), None if self.bias is None else self.bias.to(x.dtype))
 
     @torch.no_grad()
     def store(self, layer: MobiLinear) -> None:

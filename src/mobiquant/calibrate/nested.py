@@ -149,9 +149,8 @@ def train_block(stage: NestedStage, streams: Streams, form: Format, training: Tr
             batch = torch.randperm(streams.count, generator=generator)[: training.block_batch].sort().values
             hidden = streams.hidden[reading_of(depth, form)]
             with torch.enable_grad():
-                with blocks.lower(stage.device):
-                    made = stage.run(fixed(depth), hidden[batch.to(hidden.device)])
-                loss = relative_error(made.float(), wanted[batch.to(wanted.device)].to(stage.device))
+                made = stage.run(fixed(depth), hidden[batch.to(hidden.device)])
+                loss = relative_error(made, wanted[batch.to(wanted.device)].to(stage.device))
                 optimizer.zero_grad()
                 loss.backward()
             set_rate(optimizer, step, steps)

@@ -174,9 +174,8 @@ class Lesson:
     @torch.enable_grad()
     def learn(self, hidden: Float[Tensor, "S L D"], goal: Float[Tensor, "S L D"]) -> None:
         """Add the gradients of a batch, whose outputs should be `goal`."""
-        with blocks.lower(self.stage.device):
-            made = self.stage.calls.run(self.stage.student, self.stage.index, hidden)
-        loss = (made.float() - goal).square().mean() / goal.square().mean().clamp_min(1e-12)
+        made = self.stage.calls.run(self.stage.student, self.stage.index, hidden)
+        loss = (made - goal).square().mean() / goal.square().mean().clamp_min(1e-12)
         self.sums[0] += loss.detach()
         if self.owners:
             read = torch.stack([gates.bits for gates in self.owners.values()]) @ self.shares

@@ -89,8 +89,7 @@ class Stage:
 
     def run(self, reading: Reading, hidden: Float[Tensor, "S L D"]) -> Float[Tensor, "S L D"]:
         """Outputs of the block for a batch, fp32 on the device."""
-        with blocks.lower(self.device):
-            return self.calls.run(self.module(reading), self.index, hidden.to(self.device)).float()
+        return self.calls.run(self.module(reading), self.index, hidden.to(self.device))
 
     def groups(self, hidden: Float[Tensor, "S L D"]) -> list[list[str]]:
         """Linear layers of the block, those that read the same input together, in running order."""

@@ -127,8 +127,7 @@ class Measured:
             stage.precision.set([tau for tau, _ in pairs], [cap for _, cap in pairs])
             if int(part[0]) in self.carried:
                 stage.precision.tell(*self.carried[int(part[0])])
-            with blocks.lower(device):
-                out = calls.run(stage.student, index, self.hidden[part].view(-1, length, width).to(device))
+            out = calls.run(stage.student, index, self.hidden[part].view(-1, length, width).to(device))
             self.hidden[part] = out.to(self.hidden.device).view(len(part), sequences, length, width)
             self.counts[part] += stage.precision.entry_counts().view(len(part), sequences, -1).sum(1)
             stage.precision.depth_shares(reset=True)
