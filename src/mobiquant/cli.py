@@ -100,7 +100,7 @@ def quantize(
     distill_steps: Annotated[int, typer.Option(help="Full recipe: steps end to end, 0 to leave it out.")] = 1300,
     mixed: Mixed = True,
     sensitivity: Annotated[bool, typer.Option(help="Full recipe: routers compare layers by what each is worth.")] = True,
-    routing_steps: Annotated[int, typer.Option(help="Full recipe: steps for routers end to end, 0 to leave it out.")] = 200,
+    routing_steps: Annotated[int, typer.Option(help="Full recipe: steps for routers end to end, 0 to leave it out.")] = 300,
     whole_text: WholeText = True,
     held_out: HeldOut = 0.0,
     budget_minutes: Annotated[float | None, typer.Option(help="Full recipe: bound on the whole; takes fewer steps.")] = None,

@@ -163,7 +163,7 @@ class Training:
     loss_power: float = 0.5
     clip_norm: float = 1.0
     sensitivity: bool = True
-    routing_steps: int = 200
+    routing_steps: int = 300
     router_rate: float = 6e-2
     whole_text: bool = True
     held_out: float = 0.0

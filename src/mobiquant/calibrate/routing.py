@@ -77,8 +77,8 @@ class Budgets:
         taus = [curve.tau_for(bits, cap) for bits, cap in found]
         bits, cap = zip(*found, strict=True)
         at, tau = torch.tensor(bits, device=device), torch.tensor(taus, device=device)
-        # small budgets have more to gain
-        return cls(at, torch.tensor(cap, device=device), tau, torch.zeros_like(at), 1 / (at - 1))
+        # small budgets have more to gain, but there is one region for each width above 4 bits and one for all below
+        return cls(at, torch.tensor(cap, device=device), tau, torch.zeros_like(at), (at - 1).rsqrt())
 
     def turn(self, count: int) -> list[Int[Tensor, " S"]]:
         """All budgets, `count` at a time; where they do not come out even, the last part has some of the one before."""
