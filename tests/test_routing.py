@@ -211,6 +211,29 @@ def test_routers_stay_as_fitted_where_memory_is_short(tmp_path, both, monkeypatc
     assert all(torch.equal(a, b) for a, b in zip(made.state_dict().values(), both[0].state_dict().values(), strict=True))
 
 
+def test_a_batch_in_parts_learns_what_it_does_at_once(tmp_path):
+    made, ids = tiny.quantize(tmp_path, format=FORM), tiny.tokens(4, 16)
+    found = []
+    for together in (4, 2, 1):
+        with opened(made) as routed, routing._learner(routed, ids, together, 0.5) as learner:
+            budgets = routing.Budgets.of(FORM, [Fitted((), 10, torch.randn(50, 4, generator=torch.Generator().manual_seed(0)))], HOST)
+            budgets.tau.copy_(torch.linspace(-4, 2, budgets.tau.numel()))
+            each, read = routing._step(learner, budgets, torch.tensor([0, 7, 12, 20]), ids, 0.7, 1.0)
+            scores = routing.sample_scores(routed, budgets, ids, together)
+            found.append([each, read, budgets.tau, budgets.price, *(p.grad for p in learner.parameters), *scores.values()])
+    for one in found[1:]:
+        for a, b in zip(found[0], one, strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(a.abs().max()))
+
+
+@pytest.mark.parametrize("room, size", [(4.5, 4), (4.4, 2), (3.4, 2), (2.2, 1), (1.2, 1), (1.1, 0)])
+def test_as_many_sequences_go_through_at_once_as_memory_allows(room, size, monkeypatch, capsys):
+    monkeypatch.setattr(routing, "free_memory", lambda device: room)
+    assert routing.sequences_at_once(lambda few: few, 4, HOST) == size
+    said = capsys.readouterr().err
+    assert (f"{size} of 4 sequences" in said) == (0 < size < 4) and ("stay as fitted" in said) == (size == 0)
+
+
 def test_finished_routers_are_taken_from_the_work_folder(tmp_path, both, monkeypatch):
     settings = {**LIST, "samples": 4, "training": replace(ROUTERS, routing_steps=3), "work_dir": tmp_path / "work"}
     first = tiny.quantize(tmp_path, **settings)

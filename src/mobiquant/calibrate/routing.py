@@ -12,7 +12,8 @@ Half of the gradient is that of the text itself, `-log p(next token)`: what foll
 predicts the text better. With it budgets of 3 and 3.5 bits lie 4 % lower in perplexity on text like that of the calibration, up
 to 1 % on other text, and their divergence rises but stays below the straight line (`docs/results/full.md`).
 
-Where the memory for gates is not there, routers stay as regression left them, and a notice says so.
+Where the memory for gates of a whole batch is not there, its sequences go through the model in parts, which changes nothing but
+the time; where it is not there for a single one, routers stay as regression left them. A notice says so.
 """
 
 import time
@@ -146,10 +147,10 @@ def _batch(windows: Int[Tensor, "W L"], count: int, generator: torch.Generator) 
 
 
 class Learner:
-    """Adds the gradients of batches to those of the routers, whose `.grad` is there."""
+    """Adds the gradients of batches to those of the routers, whose `.grad` is there; `together` sequences at a time."""
 
-    def __init__(self, routed: Routed, power: float):
-        self.routed, self.power = routed, power
+    def __init__(self, routed: Routed, power: float, together: int):
+        self.routed, self.power, self.together = routed, power, together
         self.parameters = [p for gate in routed.gates.values() for p in gate.parameters()]
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
@@ -170,7 +171,7 @@ class CapturedLearner(Learner):
     """The same on CUDA, replayed as a graph, for batches of one shape."""
 
     def __init__(self, routed: Routed, power: float, tokens: Int[Tensor, "S L"]):
-        super().__init__(routed, power)
+        super().__init__(routed, power, len(tokens))
         still = torch.zeros(len(tokens), device=tokens.device)
         self.tokens, self.price = tokens.clone(), still.clone()
         self.step = Step(still.clone(), torch.ones_like(still).long(), torch.ones_like(still[0]))
@@ -187,11 +188,11 @@ class CapturedLearner(Learner):
 
 
 @contextmanager
-def _learner(routed: Routed, windows: Int[Tensor, "W L"], count: int, power: float) -> Iterator[Learner]:
-    """A learner of batches of `count` windows, captured on CUDA."""
-    tokens = windows[torch.arange(count) % len(windows)]
+def _learner(routed: Routed, windows: Int[Tensor, "W L"], together: int, power: float) -> Iterator[Learner]:
+    """A learner of `together` windows at a time, captured on CUDA."""
+    tokens = windows[torch.arange(together) % len(windows)]
     if not tokens.is_cuda:
-        yield Learner(routed, power)
+        yield Learner(routed, power, together)
         return
     pair, still = routed.pair, torch.zeros(len(tokens), device=tokens.device)
     routed.begin(Step(still, still.long() + 1, HOT))
@@ -205,7 +206,11 @@ def _step(
     """Add the gradients of one batch; thresholds and prices follow. Returns divergence and bits of each sequence (host)."""
     at = picked.to(tokens.device)
     tau, price = budgets.tau[at], budgets.price[at]
-    each, read, slope, gradient = learner.learn(tokens, Step(tau, budgets.cap[at], heat), price)
+    parts = [
+        learner.learn(tokens[one], Step(tau[one], budgets.cap[at][one], heat), price[one])
+        for one in torch.arange(len(tokens), device=tokens.device).split(learner.together)
+    ]
+    each, read, slope, gradient = (torch.cat(found) for found in zip(*parts, strict=True))
     slope = slope.clamp_max(-LEAST)
     budgets.price[at] = price - follow_price * gradient / slope
     budgets.tau[at] = tau - (FOLLOW * (read - budgets.bits[at]) / slope).clamp(-MOST, MOST)
@@ -213,20 +218,39 @@ def _step(
 
 
 @torch.no_grad()
-def sample_scores(routed: Routed, budgets: Budgets, windows: Int[Tensor, "W L"]) -> dict[str, Float[Tensor, "T R"]]:
+def sample_scores(
+    routed: Routed, budgets: Budgets, windows: Int[Tensor, "W L"], together: int
+) -> dict[str, Float[Tensor, "T R"]]:
     """Scores of about `SAMPLE` tokens by each router, on the host, from sequences at budgets from the least to the greatest."""
     budgets_of = torch.linspace(0, budgets.bits.numel() - 1, min(SEQUENCES, len(windows))).long()
     places = torch.linspace(0, len(windows) - 1, len(budgets_of)).long()
-    picked, tokens = budgets_of.to(windows.device), windows[places.to(windows.device)]
-    routed.losses(tokens, Step(budgets.tau[picked], budgets.cap[picked], COLD))
-    stride = max(1, tokens.numel() // SAMPLE)
-    return {name: gate.scores(gate.last)[::stride].cpu() for name, gate in routed.gates.items()}
+    found: dict[str, list[Tensor]] = {name: [] for name in routed.gates}
+    for part in torch.arange(len(places)).split(together):
+        picked = budgets_of[part].to(windows.device)
+        routed.losses(windows[places[part].to(windows.device)], Step(budgets.tau[picked], budgets.cap[picked], COLD))
+        for name, gate in routed.gates.items():
+            found[name].append(gate.scores(gate.last))
+    stride = max(1, len(places) * windows.shape[1] // SAMPLE)
+    return {name: torch.cat(scores)[::stride].cpu() for name, scores in found.items()}
 
 
 def memory(routed_weights: int, rows: int, vocabulary: int, depths: int, tokens: int) -> int:
     """Bytes that a step takes on CUDA: bf16 weights and outputs at every depth, what blocks keep beside (fitted to 40 GB
     measured for SmolLM2 on an H200), and predictions of both models."""
     return routed_weights * depths * 2 + tokens * (rows * (depths + 8) * 2 + vocabulary * 28)
+
+
+def sequences_at_once(need: Callable[[int], int], count: int, device: torch.device) -> int:
+    """How many of `count` sequences go through the model at a time, in parts of one size; 0 where there is no room for one.
+
+    `need` says how many bytes so many take. Anything less than all is said in a notice.
+    """
+    parts = [size for size in range(count, 0, -1) if count % size == 0]
+    fitting = next((size for size in parts if need(size) <= 0.9 * free_memory(device)), 0)
+    if fitting < count:
+        instead = f"{fitting} of {count} sequences go through at a time" if fitting else "routers stay as fitted by regression"
+        notice("training routers end to end", need(count if fitting else 1), device, instead)
+    return fitting
 
 
 def train(
@@ -243,15 +267,15 @@ def train(
     if kept is None:
         size, rows = sum(one.size for one in fitted), sum(layer.out_features for layer in layers.values())
         vocabulary = pair.teacher.config.get_text_config().vocab_size
-        need = memory(size, rows, vocabulary, len(form.slices), training.distill_batch * windows.shape[1])
-        if need > 0.9 * free_memory(device):
-            notice("training routers end to end", need, device, "routers stay as fitted by regression")
+        count, length = training.distill_batch, windows.shape[1]
+        together = sequences_at_once(lambda few: memory(size, rows, vocabulary, len(form.slices), few * length), count, device)
+        if not together:
             return fitted, []
         budgets, on_device = Budgets.of(form, fitted, device), windows.to(device)
         with repeatable(device), opened(pair, stored, device) as routed:
-            with _learner(routed, on_device, training.distill_batch, training.loss_power) as learner:
+            with _learner(routed, on_device, together, training.loss_power) as learner:
                 log = optimise(learner, budgets, on_device, training, steps_for, seed, progress)
-            scores = sample_scores(routed, budgets, on_device)
+            scores = sample_scores(routed, budgets, on_device, together)
             trained = {name: vars(gate.stored()) for name, gate in routed.gates.items()}
         values = {f"{name}.{key}": tensor.cpu() for name, parts in trained.items() for key, tensor in parts.items()}
         values |= {f"{name}.scores": value for name, value in scores.items()}
