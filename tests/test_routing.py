@@ -216,7 +216,8 @@ def test_a_batch_in_parts_learns_what_it_does_at_once(tmp_path):
     found = []
     for together in (4, 2, 1):
         with opened(made) as routed, routing._learner(routed, ids, together, 0.5) as learner:
-            budgets = routing.Budgets.of(FORM, [Fitted((), 10, torch.randn(50, 4, generator=torch.Generator().manual_seed(0)))], HOST)
+            scores = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+            budgets = routing.Budgets.of(FORM, [Fitted((), 10, scores)], HOST)
             budgets.tau.copy_(torch.linspace(-4, 2, budgets.tau.numel()))
             each, read = routing._step(learner, budgets, torch.tensor([0, 7, 12, 20]), ids, 0.7, 1.0)
             scores = routing.sample_scores(routed, budgets, ids, together)

@@ -10,7 +10,7 @@ would leave the routers to find the threshold, and they would spend their steps 
 
 Half of the gradient is that of the text itself, `-log p(next token)`: what follows the float model better is not always what
 predicts the text better. With it budgets of 3 and 3.5 bits lie 4 % lower in perplexity on text like that of the calibration, up
-to 1 % on other text, and their divergence rises but stays below the straight line (`docs/results/full.md`).
+to 1 % on other text, and their divergence rises (`docs/results/full.md`).
 
 Where the memory for gates of a whole batch is not there, its sequences go through the model in parts, which changes nothing but
 the time; where it is not there for a single one, routers stay as regression left them. A notice says so.
