@@ -314,3 +314,14 @@ def test_what_is_freed_is_kept_for_the_next_large_tensor():
     before, after = map(int, unchecked(counts).stdout.split())
     # 128 MB are 32768 pages, or 64 huge ones
     assert before >= 640 and after < before / 10
+
+
+def test_a_device_without_memory_left_is_said_in_one_sentence(tmp_path, monkeypatch):
+    def fail(*_args, **_settings):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(fast, "quantize_block", fail)
+    ran = quantize("-o", tmp_path / "out")
+    said = [line for line in ran.err.splitlines() if "out of memory" in line]
+    assert ran.code == 1 and len(said) == 1 and "--sequence-length" in said[0] and "allocate" not in ran.err
+    assert not (tmp_path / "out").exists()

@@ -63,6 +63,9 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("MOBIQUANT_DEBUG"):
             raise
+        if type(error).__name__ == "OutOfMemoryError":
+            _say("the device is out of memory: give a shorter --sequence-length or --device cpu; --dry-run says what is needed")
+            sys.exit(1)
         _say(f"{type(error).__name__}: {error} (set MOBIQUANT_DEBUG=1 for the full trace)")
         sys.exit(1)
 

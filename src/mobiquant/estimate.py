@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mobiquant import blocks, calibrate, checkpoint, integration
-from mobiquant.calibrate import distill, full, nested, thresholds
+from mobiquant.calibrate import distill, full, nested, routing, thresholds
 from mobiquant.config import Calibration, Checkpoint, Format, InputError, Training
 from mobiquant.kernels.cpu import library
 
@@ -126,8 +126,8 @@ def _work(
     skeleton: nn.Module, stack: nn.ModuleList, groups: list[list[str]], form: Format, settings: Calibration,
     device: torch.device,
 ) -> dict[str, float]:  # fmt: skip
-    """Bytes of streams and of one block in work; products in FLOP, those of training apart, columns, and rows times columns
-    over all blocks."""
+    """Bytes of streams and of one block in work; products in FLOP, those of training apart; columns over all sweeps, weights
+    and rows of all blocks."""
     tokens = (settings.samples or 0) * (settings.sequence_length or 0)
     streams = len({"fast": calibrate.fast, "paper": calibrate.paper, "full": nested}[settings.recipe].readings(form))
     width = skeleton.get_input_embeddings().weight.shape[1]  # type: ignore[operator, union-attr]
@@ -154,6 +154,7 @@ def _work(
         "trained": 0.0,
         "columns": len(stack) * columns * (settings.sweeps or 0),
         "weights": len(stack) * weights,
+        "rows": len(stack) * sum(blocks.weight_of(layer).shape[0] for layer in block.values()),
     }
 
 
@@ -172,11 +173,17 @@ def _add_training(
     work["trained"] = 6 * steps * training.block_batch * length * work["weights"]
     work["trained"] += 2 * training.distill_steps * tokens * parameters * (3 * depths + 1)
     work["trained"] += 2 * training.routing_steps * tokens * (3 * len(form.slices) * work["weights"] + parameters)
+    vocabulary, width = skeleton.get_input_embeddings().weight.shape  # type: ignore[operator, union-attr]
     if training.distill_steps:
-        # both models, gradients, moments; what a pass keeps of logits and blocks, fitted to 25 GB measured on an H200
-        vocabulary, width = skeleton.get_input_embeddings().weight.shape  # type: ignore[operator, union-attr]
-        kept = tokens * (28.0 * vocabulary + 72.0 * count * width)
+        # both models, gradients, moments; what a pass keeps of logits and blocks: compiled ones fitted to 10.8 GB measured for
+        # SmolLM2 on an H200, others to 25 GB
+        by_logit, by_state = (8.0, 30.0) if device.type == "cuda" else (28.0, 72.0)
+        kept = tokens * (by_logit * vocabulary + by_state * count * width)
         work["block"] = max(work["block"], work["weights"] * distill.BYTES_PER_WEIGHT + 8.0 * parameters + kept)
+    if training.routing_steps:
+        # a batch goes through in parts where memory is short
+        least = routing.memory(int(work["weights"]), int(work["rows"]), vocabulary, len(form.slices), length)
+        work["block"] = max(work["block"], least + 8.0 * parameters)
 
 
 def _seconds(work: dict[str, float], device: torch.device) -> float:
