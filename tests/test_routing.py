@@ -1,5 +1,6 @@
 """Routers trained end to end: gates that are those of the layers, budgets that are kept, and order that is learnt."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 import mobiquant
 from mobiquant import budget, data, router
-from mobiquant.calibrate import gates, passes, routing
+from mobiquant.calibrate import distill, gates, passes, routing
 from mobiquant.calibrate.fast import Fitted
 from mobiquant.calibrate.thresholds import Curve
 from mobiquant.calibrate.work import Work
@@ -233,6 +234,21 @@ def test_as_many_sequences_go_through_at_once_as_memory_allows(room, size, monke
     assert routing.sequences_at_once(lambda few: few, 4, HOST) == size
     said = capsys.readouterr().err
     assert (f"{size} of 4 sequences" in said) == (0 < size < 4) and ("stay as fitted" in said) == (size == 0)
+
+
+def test_what_earlier_stages_left_behind_counts_as_free_memory(monkeypatch):
+    class Captured:
+        """Refers to itself, as a captured pass does."""
+
+        def __init__(self):
+            self.itself = self
+
+    held = {"free": 5, "cached": 0}
+    left = weakref.ref(one := Captured(), lambda _: held.update(cached=20))
+    del one
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: held.update(free=held["free"] + held["cached"], cached=0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (held["free"], 100))
+    assert distill.free_memory(torch.device("cuda")) == 25 and left() is None
 
 
 def test_finished_routers_are_taken_from_the_work_folder(tmp_path, both, monkeypatch):

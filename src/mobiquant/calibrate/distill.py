@@ -8,6 +8,7 @@ Where the trainable state (weights, gradients, two moments) does not fit, only s
 recomputed in the backward pass; the log and a notice say so.
 """
 
+import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,8 +36,13 @@ MIXED, MIXES = 0, "mixed"
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had on a device."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    """Bytes that can still be had on a device, after what earlier stages left behind is given back."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    # captured passes refer to themselves, and torch keeps what is freed
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def fits(weights: int, device: torch.device) -> bool:
