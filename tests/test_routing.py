@@ -213,18 +213,24 @@ def test_routers_stay_as_fitted_where_memory_is_short(tmp_path, both, monkeypatc
 
 
 def test_a_batch_in_parts_learns_what_it_does_at_once(tmp_path):
-    made, ids = tiny.quantize(tmp_path, format=FORM), tiny.tokens(4, 16)
-    found = []
+    made, ids, picked = tiny.quantize(tmp_path, format=FORM), tiny.tokens(4, 16), torch.tensor([0, 7, 12, 20])
+    whole, found = [], []
     for together in (4, 2, 1):
+        scores = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+        budgets = routing.Budgets.of(FORM, [Fitted((), 10, scores)], HOST)
+        budgets.tau.copy_(torch.linspace(-4, 2, budgets.tau.numel()))
+        budgets.price.copy_(torch.linspace(0, 1, budgets.tau.numel()))
         with opened(made) as routed, routing._learner(routed, ids, together, 0.5) as learner:
-            scores = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
-            budgets = routing.Budgets.of(FORM, [Fitted((), 10, scores)], HOST)
-            budgets.tau.copy_(torch.linspace(-4, 2, budgets.tau.numel()))
-            each, read = routing._step(learner, budgets, torch.tensor([0, 7, 12, 20]), ids, 0.7, 1.0)
+            step = gates.Step(budgets.tau[picked], budgets.cap[picked], 0.7)
+            each, read, _, _ = learner.learn(ids, step, budgets.price[picked])
+            whole.append([each, read, *(p.grad.clone() for p in learner.parameters)])
+            for parameter in learner.parameters:
+                parameter.grad.zero_()
+            each, read = routing._step(learner, budgets, picked, ids, 0.7, 1.0)
             scores = routing.sample_scores(routed, budgets, ids, together)
-            found.append([each, read, budgets.tau, budgets.price, *(p.grad for p in learner.parameters), *scores.values()])
-    for one in found[1:]:
-        for a, b in zip(found[0], one, strict=True):
+            found.append([each, read, *(p.grad for p in learner.parameters), budgets.tau, budgets.price, *scores.values()])
+    for wanted, one in [(found[0], found[1]), (found[0], found[2]), *((whole[0], one[: len(whole[0])]) for one in found)]:
+        for a, b in zip(wanted, one, strict=True):
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(a.abs().max()))
 
 

@@ -63,8 +63,10 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("MOBIQUANT_DEBUG"):
             raise
+        # by its name: torch, whose error it is, takes seconds to import where it has not been
         if type(error).__name__ == "OutOfMemoryError":
-            _say("the device is out of memory: give a shorter --sequence-length or --device cpu; --dry-run says what is needed")
+            less = "a shorter --sequence-length (quantize, eval, analyze) or fewer --max-bits (eval, generate)"
+            _say(f"the device is out of memory: give {less}, or --device cpu; quantize --dry-run says what it needs")
             sys.exit(1)
         _say(f"{type(error).__name__}: {error} (set MOBIQUANT_DEBUG=1 for the full trace)")
         sys.exit(1)

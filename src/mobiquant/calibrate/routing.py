@@ -206,10 +206,8 @@ def _step(
     """Add the gradients of one batch; thresholds and prices follow. Returns divergence and bits of each sequence (host)."""
     at = picked.to(tokens.device)
     tau, price = budgets.tau[at], budgets.price[at]
-    parts = [
-        learner.learn(tokens[one], Step(tau[one], budgets.cap[at][one], heat), price[one])
-        for one in torch.arange(len(tokens), device=tokens.device).split(learner.together)
-    ]
+    every = (one.split(learner.together) for one in (tokens, tau, budgets.cap[at], price))
+    parts = [learner.learn(part, Step(tau_of, cap, heat), price_of) for part, tau_of, cap, price_of in zip(*every, strict=True)]
     each, read, slope, gradient = (torch.cat(found) for found in zip(*parts, strict=True))
     slope = slope.clamp_max(-LEAST)
     budgets.price[at] = price - follow_price * gradient / slope
@@ -222,12 +220,11 @@ def sample_scores(
     routed: Routed, budgets: Budgets, windows: Int[Tensor, "W L"], together: int
 ) -> dict[str, Float[Tensor, "T R"]]:
     """Scores of about `SAMPLE` tokens by each router, on the host, from sequences at budgets from the least to the greatest."""
-    budgets_of = torch.linspace(0, budgets.bits.numel() - 1, min(SEQUENCES, len(windows))).long()
-    places = torch.linspace(0, len(windows) - 1, len(budgets_of)).long()
+    picked = torch.linspace(0, budgets.bits.numel() - 1, min(SEQUENCES, len(windows))).long().to(windows.device)
+    places = torch.linspace(0, len(windows) - 1, len(picked)).long().to(windows.device)
     found: dict[str, list[Tensor]] = {name: [] for name in routed.gates}
-    for part in torch.arange(len(places)).split(together):
-        picked = budgets_of[part].to(windows.device)
-        routed.losses(windows[places[part].to(windows.device)], Step(budgets.tau[picked], budgets.cap[picked], COLD))
+    for tokens, some in zip(windows[places].split(together), picked.split(together), strict=True):
+        routed.losses(tokens, Step(budgets.tau[some], budgets.cap[some], COLD))
         for name, gate in routed.gates.items():
             found[name].append(gate.scores(gate.last))
     stride = max(1, len(places) * windows.shape[1] // SAMPLE)
@@ -245,8 +242,8 @@ def sequences_at_once(need: Callable[[int], int], count: int, device: torch.devi
 
     `need` says how many bytes so many take. Anything less than all is said in a notice.
     """
-    parts = [size for size in range(count, 0, -1) if count % size == 0]
-    fitting = next((size for size in parts if need(size) <= 0.9 * free_memory(device)), 0)
+    room = 0.9 * free_memory(device)
+    fitting = next((size for size in range(count, 0, -1) if count % size == 0 and need(size) <= room), 0)
     if fitting < count:
         instead = f"{fitting} of {count} sequences go through at a time" if fitting else "routers stay as fitted by regression"
         notice("training routers end to end", need(count if fitting else 1), device, instead)
